@@ -1,0 +1,317 @@
+// Package config reads the administrator's file, config_stratovirt.toml in the openEuler guide.
+//
+// A file is read strictly: a key that is not known, a value of the wrong type and a value out of
+// its bounds are errors that name the key and the line, and all of them are reported at once.
+// A key that is absent has the value that the guide prints for it, except debug, which is false.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+)
+
+// DefaultPath is where the package installs the file.
+const DefaultPath = "/var/lib/kuasar/config_stratovirt.toml"
+
+// DefaultVirtiofsd is what the guide names. StratoVirt ships that program only up to version 2.3,
+// so its absence is no error by itself: package storage then searches for another one.
+const DefaultVirtiofsd = "/usr/bin/vhost_user_fs"
+
+// Accelerators that hypervisor.accelerator accepts. AcceleratorAuto means KVM where it runs a
+// guest, else TCG.
+const (
+	AcceleratorAuto = "auto"
+	AcceleratorKVM  = "kvm"
+	AcceleratorTCG  = "tcg"
+)
+
+// Config is the whole file.
+type Config struct {
+	Sandbox    Sandbox
+	Hypervisor Hypervisor
+
+	// Notes are what an administrator should be told though the daemon can go on, one line each.
+	Notes []string
+}
+
+// Sandbox is the table [sandbox].
+type Sandbox struct {
+	// LogLevel is trace, debug, info, warn or error.
+	LogLevel string
+}
+
+// Hypervisor is the table [hypervisor].
+type Hypervisor struct {
+	// Path of StratoVirt or QEMU; which of them it is, the binary says itself.
+	Path string
+	// MachineType is the machine and its options as on the hypervisor's command line. It fits the
+	// architecture of this host even when the file names the other one's machine.
+	MachineType string
+	KernelPath  string
+	// Exactly one of ImagePath and InitrdPath is set.
+	ImagePath  string
+	InitrdPath string
+	// KernelParams is appended to what the driver itself passes to the guest's kernel.
+	KernelParams string
+	// VCPUs of each pod, 1 to 64.
+	VCPUs int
+	// MemoryInMB of each pod, in MiB, at least 64.
+	MemoryInMB int
+	// BlockDeviceDriver is virtio-blk.
+	BlockDeviceDriver string
+	Debug             bool
+	EnableMemPrealloc bool
+	// Accelerator is one of the Accelerator constants.
+	Accelerator string
+	Virtiofsd   Virtiofsd
+}
+
+// Virtiofsd is the table [hypervisor.virtiofsd_conf].
+type Virtiofsd struct {
+	// Path of the virtiofs daemon, or empty to search for one.
+	Path string
+}
+
+// The bounds of numbers. 64 processors are what the guest kernel is built for.
+const (
+	maxVCPUs     = 64
+	minMemoryMiB = 64
+	maxMemoryMiB = 512 << 10
+	// maxKernelParams leaves room for the driver's own within the 2048 bytes that x86 keeps.
+	maxKernelParams = 1536
+)
+
+// machineNames is what the guide calls the machine of each architecture.
+var machineNames = map[string]string{"amd64": "q35", "arm64": "virt"}
+
+// Default is the configuration of an empty file on this architecture.
+func Default() *Config { return defaults(runtime.GOARCH) }
+
+func defaults(arch string) *Config {
+	machine := machineNames[arch]
+	if machine == "" {
+		machine = "virt"
+	}
+	return &Config{
+		Sandbox: Sandbox{LogLevel: "info"},
+		Hypervisor: Hypervisor{
+			Path:              "/usr/bin/stratovirt",
+			MachineType:       machine + ",mem-share=on",
+			KernelPath:        "/var/lib/kuasar/vmlinux.bin",
+			InitrdPath:        "/var/lib/kuasar/kuasar.initrd",
+			KernelParams:      "task.log_level=debug task.sharefs_type=virtiofs",
+			VCPUs:             1,
+			MemoryInMB:        1024,
+			BlockDeviceDriver: "virtio-blk",
+			Accelerator:       AcceleratorAuto,
+			Virtiofsd:         Virtiofsd{Path: DefaultVirtiofsd},
+		},
+	}
+}
+
+// Load reads and validates a file. It looks at nothing but that file: see Check.
+func Load(path string) (*Config, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cannot read the configuration %s: it does not exist; install the package kuasar, which puts one at %s, or name another with --config: %w",
+			path, DefaultPath, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the configuration: %w", err)
+	}
+	cfg, err := parse(string(text), runtime.GOARCH)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use the configuration %s: %w", path, err)
+	}
+	return cfg, nil
+}
+
+// validate checks what a type alone does not say, and fits the machine to arch. line gives the line
+// of a key, or 0.
+func (c *Config) validate(arch string, line func(key string) int) error {
+	var errs []error
+	bad := func(key, format string, args ...any) {
+		errs = append(errs, keyError(key, line(key), fmt.Sprintf(format, args...)))
+	}
+	oneOf := func(key, value string, allowed ...string) {
+		for _, a := range allowed {
+			if value == a {
+				return
+			}
+		}
+		msg := fmt.Sprintf("%q is none of %s", value, strings.Join(allowed, ", "))
+		if near := nearest(value, allowed); near != "" {
+			msg += fmt.Sprintf("; did you mean %q?", near)
+		}
+		bad(key, "%s", msg)
+	}
+
+	oneOf("sandbox.log_level", c.Sandbox.LogLevel, "trace", "debug", "info", "warn", "error")
+	h := &c.Hypervisor
+	oneOf("hypervisor.accelerator", h.Accelerator, AcceleratorAuto, AcceleratorKVM, AcceleratorTCG)
+	oneOf("hypervisor.block_device_driver", h.BlockDeviceDriver, "virtio-blk")
+
+	if h.VCPUs < 1 || h.VCPUs > maxVCPUs {
+		bad("hypervisor.vcpus", "%d is not within 1 and %d", h.VCPUs, maxVCPUs)
+	}
+	if h.MemoryInMB < minMemoryMiB || h.MemoryInMB > maxMemoryMiB {
+		bad("hypervisor.memory_in_mb", "%d MiB is not within %d and %d", h.MemoryInMB, minMemoryMiB, maxMemoryMiB)
+	}
+	if len(h.KernelParams) > maxKernelParams {
+		bad("hypervisor.kernel_params", "%d bytes are more than %d", len(h.KernelParams), maxKernelParams)
+	}
+	if strings.ContainsAny(h.KernelParams, "\n\r\x00") {
+		bad("hypervisor.kernel_params", "it must be one line")
+	}
+
+	for _, p := range []struct {
+		key, value string
+		required   bool
+	}{
+		{"hypervisor.path", h.Path, true},
+		{"hypervisor.kernel_path", h.KernelPath, true},
+		{"hypervisor.image_path", h.ImagePath, false},
+		{"hypervisor.initrd_path", h.InitrdPath, false},
+		{"hypervisor.virtiofsd_conf.path", h.Virtiofsd.Path, false},
+	} {
+		switch {
+		case p.value == "" && p.required:
+			bad(p.key, "it is empty, but a path is needed")
+		case p.value != "" && !filepath.IsAbs(p.value):
+			bad(p.key, "%q is not an absolute path", p.value)
+		case strings.ContainsAny(p.value, ",\n\x00"):
+			// A comma separates options on the command lines of both hypervisors.
+			bad(p.key, "%q has a comma or a control character, which the hypervisor's command line cannot carry", p.value)
+		}
+	}
+	switch {
+	case h.ImagePath != "" && h.InitrdPath != "":
+		bad("hypervisor.image_path", "hypervisor.initrd_path is set as well (%s); the guest boots from one of them, so empty the other", h.InitrdPath)
+	case h.ImagePath == "" && h.InitrdPath == "":
+		bad("hypervisor.initrd_path", "neither it nor hypervisor.image_path is set; the guest boots from one of them")
+	}
+
+	c.fitMachine(arch, bad)
+	return errors.Join(errs...)
+}
+
+// fitMachine checks machine_type and replaces the machine of the other architecture by this one's:
+// the guide prints one file for both and leaves the difference to a comment.
+func (c *Config) fitMachine(arch string, bad func(key, format string, args ...any)) {
+	const key = "hypervisor.machine_type"
+	name, options, _ := strings.Cut(c.Hypervisor.MachineType, ",")
+	if name == "" {
+		bad(key, "it is empty, but a machine is needed (%s on this host)", machineNames[arch])
+		return
+	}
+	if strings.ContainsAny(c.Hypervisor.MachineType, " \t\n\x00") {
+		bad(key, "%q has a blank in it", c.Hypervisor.MachineType)
+		return
+	}
+	if options != "" {
+		for o := range strings.SplitSeq(options, ",") {
+			if k, v, ok := strings.Cut(o, "="); !ok || k == "" || v == "" {
+				bad(key, "%q is not an option in the form key=value", o)
+				return
+			}
+		}
+	}
+	here, known := machineNames[arch]
+	if !known || name == here {
+		return
+	}
+	for other, machine := range machineNames {
+		if other != arch && machine == name {
+			fitted := here + strings.TrimPrefix(c.Hypervisor.MachineType, name)
+			c.Notes = append(c.Notes, fmt.Sprintf("%s = %q is for another architecture; using %q", key, c.Hypervisor.MachineType, fitted))
+			c.Hypervisor.MachineType = fitted
+			return
+		}
+	}
+}
+
+// Check reports every path of c that is missing or not usable, with the key, the path and the
+// package that mends it.
+func (c *Config) Check() error {
+	h := &c.Hypervisor
+	var errs []error
+	bad := func(key, path, install string, err error) {
+		errs = append(errs, fmt.Errorf("cannot use %s = %q: %w; %s", key, path, cause(err), install))
+	}
+	if err := executable(h.Path); err != nil {
+		bad("hypervisor.path", h.Path, hypervisorPackage(h.Path), err)
+	}
+	for _, p := range []struct{ key, path string }{
+		{"hypervisor.kernel_path", h.KernelPath},
+		{"hypervisor.initrd_path", h.InitrdPath},
+		{"hypervisor.image_path", h.ImagePath},
+	} {
+		if p.path == "" {
+			continue
+		}
+		if err := readable(p.path); err != nil {
+			bad(p.key, p.path, "it comes with the package kuasar (dnf install kuasar), or is built by `go tool mage build`", err)
+		}
+	}
+	if p := h.Virtiofsd.Path; p != "" && p != DefaultVirtiofsd {
+		if err := executable(p); err != nil {
+			bad("hypervisor.virtiofsd_conf.path", p,
+				"install it (dnf install virtiofsd; apt-get install virtiofsd, in Debian 12 qemu-system-common), or set it to \"\" to search for one", err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func hypervisorPackage(path string) string {
+	switch base := filepath.Base(path); {
+	case strings.Contains(base, "aarch64"):
+		return "install QEMU (dnf install qemu-system-aarch64; apt-get install qemu-system-arm)"
+	case strings.HasPrefix(base, "qemu"):
+		return "install QEMU (dnf install qemu-system-x86_64; apt-get install qemu-system-x86)"
+	default:
+		return "install StratoVirt (dnf install stratovirt), or name QEMU here (dnf install qemu-system-x86_64; apt-get install qemu-system-x86)"
+	}
+}
+
+// cause strips the path that an *fs.PathError repeats.
+func cause(err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	var ee *exec.Error
+	if errors.As(err, &ee) {
+		return cause(ee.Err)
+	}
+	return err
+}
+
+func executable(path string) error {
+	_, err := exec.LookPath(path)
+	return err
+}
+
+func readable(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		return errors.New("it is a directory")
+	}
+	if info.Mode().IsRegular() && info.Size() == 0 {
+		return errors.New("it is an empty file")
+	}
+	return nil
+}
