@@ -1,0 +1,305 @@
+// Package host brings a machine to where it can build and run the appliance: it looks for what is
+// missing, says what it installs and why, and installs it with the machine's own package manager.
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+)
+
+// A Purpose is something that one wants to do on this machine.
+type Purpose string
+
+const (
+	// Kernel is building the guest kernel from the distribution's source, or KERNEL_SOURCE.
+	Kernel Purpose = "build the guest kernel"
+	// Agent is building the guest's agent, which is linked statically with C libraries.
+	Agent Purpose = "build the guest's agent"
+	// Run is running pods in QEMU with a CNI network.
+	Run Purpose = "run virtual machines"
+	// Race is running the unit tests with the race detector.
+	Race Purpose = "run the tests"
+)
+
+// A requirement is there if one of its files is.
+type requirement struct {
+	// files are names looked up in PATH and the directories of system programs, or, if they have a
+	// slash, globs.
+	files []string
+	why   string
+	// deb and rpm are the packages that bring it: of several, the first that the machine's
+	// repositories have. dnf also takes the path of a file.
+	deb, rpm []string
+	// optional things are asked for, and done without where the repositories lack them.
+	optional string // what happens without
+}
+
+// requirements by purpose. Debian's names hold for Debian 12 and later and for Ubuntu.
+var requirements = map[Purpose][]requirement{
+	Kernel: {
+		{files: []string{"gcc"}, why: "compiles the kernel", deb: []string{"gcc"}, rpm: []string{"gcc"}},
+		{files: []string{"/usr/include/stdio.h"}, why: "the kernel's build tools are C programs", deb: []string{"libc6-dev"}, rpm: []string{"glibc-devel"}},
+		{files: []string{"make"}, why: "drives the kernel's build", deb: []string{"make"}, rpm: []string{"make"}},
+		{files: []string{"flex"}, why: "makes Kconfig's scanner", deb: []string{"flex"}, rpm: []string{"flex"}},
+		{files: []string{"bison"}, why: "makes Kconfig's parser", deb: []string{"bison"}, rpm: []string{"bison"}},
+		{files: []string{"bc"}, why: "computes the kernel's time constants", deb: []string{"bc"}, rpm: []string{"bc"}},
+		{files: []string{"perl"}, why: "runs scripts of the kernel's build", deb: []string{"perl-base"}, rpm: []string{"perl-interpreter", "perl"}},
+		{files: []string{"tar"}, why: "unpacks the kernel source", deb: []string{"tar"}, rpm: []string{"tar"}},
+		{files: []string{"xz"}, why: "unpacks the kernel source", deb: []string{"xz-utils"}, rpm: []string{"xz"}},
+		{files: []string{"lz4"}, why: "compresses the kernel image", deb: []string{"lz4"}, rpm: []string{"lz4"}},
+		{files: []string{"/usr/include/gelf.h"}, why: "objtool reads the kernel's objects with libelf", deb: []string{"libelf-dev"}, rpm: []string{"elfutils-libelf-devel"}},
+		{files: []string{"/usr/include/openssl/ssl.h"}, why: "sources of some distributions sign with OpenSSL", deb: []string{"libssl-dev"}, rpm: []string{"openssl-devel"}},
+		{files: []string{"/usr/src/linux-source-*.tar.*", "/usr/src/linux-*/init/main.c"}, why: "the kernel source", deb: []string{"linux-source-6.1", "linux-source"}, rpm: []string{"kernel-source"}},
+	},
+	Agent: {
+		{files: []string{"gcc"}, why: "libcontainer's first steps in a container are C", deb: []string{"gcc"}, rpm: []string{"gcc"}},
+		{files: []string{"/usr/lib/*/libc.a", "/usr/lib64/libc.a", "/usr/lib/libc.a"}, why: "the agent is linked statically", deb: []string{"libc6-dev"}, rpm: []string{"glibc-static"}},
+		{files: []string{"/usr/lib/*/libseccomp.a", "/usr/lib64/libseccomp.a", "/usr/lib/libseccomp.a"}, why: "compiles the seccomp profiles of containers", deb: []string{"libseccomp-dev"}, rpm: []string{"libseccomp-static", "libseccomp-devel"}},
+		{files: []string{"/usr/include/seccomp.h"}, why: "compiles the seccomp profiles of containers", deb: []string{"libseccomp-dev"}, rpm: []string{"libseccomp-devel"}},
+		{files: []string{"pkg-config"}, why: "tells the compiler where libseccomp is", deb: []string{"pkg-config", "pkgconf"}, rpm: []string{"pkgconf-pkg-config", "pkgconfig"}},
+	},
+	Run: {
+		{files: []string{qemu()}, why: "runs the virtual machines", deb: qemuDeb(), rpm: []string{"/usr/bin/" + qemu(), "qemu"}},
+		{files: []string{"virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"}, why: "shares a container's files with its guest", deb: []string{"virtiofsd"}, rpm: []string{"virtiofsd", "/usr/libexec/virtiofsd"}, optional: "files are shared by 9p instead"},
+		{files: []string{"ip"}, why: "shows and cleans the pods' networks", deb: []string{"iproute2"}, rpm: []string{"iproute"}},
+		{files: []string{"iptables"}, why: "the CNI bridge plugin masquerades with it", deb: []string{"iptables"}, rpm: []string{"iptables"}},
+		{files: []string{"modprobe"}, why: "loads the modules of bridge, veth, tun and vsock", deb: []string{"kmod"}, rpm: []string{"kmod"}},
+	},
+	Race: {
+		{files: []string{"gcc"}, why: "the race detector is linked by the C compiler", deb: []string{"gcc"}, rpm: []string{"gcc"}},
+		{files: []string{"/usr/include/stdio.h"}, why: "the race detector is linked by the C compiler", deb: []string{"libc6-dev"}, rpm: []string{"glibc-devel"}},
+	},
+}
+
+func qemu() string {
+	if runtime.GOARCH == "arm64" {
+		return "qemu-system-aarch64"
+	}
+	return "qemu-system-x86_64"
+}
+
+func qemuDeb() []string {
+	if runtime.GOARCH == "arm64" {
+		return []string{"qemu-system-arm"}
+	}
+	return []string{"qemu-system-x86"}
+}
+
+// Ensure installs what this machine lacks for the given purposes. With nothing missing it neither
+// prints nor runs anything. Without root it fails with the command that root must run.
+func Ensure(ctx context.Context, purposes ...Purpose) error {
+	return system().ensure(ctx, purposes)
+}
+
+// Missing returns, without changing anything, a line for each thing that this machine lacks.
+func Missing(purposes ...Purpose) []string {
+	return describe(system().missing(purposes))
+}
+
+// A machine is what Ensure looks at and changes.
+type machine struct {
+	exists func(file string) bool // as in requirement.files
+	run    func(ctx context.Context, quiet bool, name string, args ...string) error
+	root   bool
+	source bool // KERNEL_SOURCE is set
+	out    io.Writer
+}
+
+func system() machine {
+	return machine{
+		exists: exists,
+		run:    run,
+		root:   os.Geteuid() == 0,
+		source: os.Getenv("KERNEL_SOURCE") != "",
+		out:    os.Stdout,
+	}
+}
+
+// systemDirs hold programs that are not in every user's PATH.
+var systemDirs = []string{"/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bin"}
+
+func exists(file string) bool {
+	if strings.Contains(file, "/") {
+		found, _ := filepath.Glob(file)
+		return len(found) > 0
+	}
+	if _, err := exec.LookPath(file); err == nil {
+		return true
+	}
+	return slices.ContainsFunc(systemDirs, func(dir string) bool {
+		info, err := os.Stat(filepath.Join(dir, file))
+		return err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0
+	})
+}
+
+func run(ctx context.Context, quiet bool, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+	if quiet {
+		return cmd.Run()
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out[max(0, len(out)-4000):])))
+	}
+	return nil
+}
+
+// A need is a requirement that is not met.
+type need struct {
+	requirement
+	purpose Purpose
+}
+
+func (m machine) missing(purposes []Purpose) []need {
+	var needs []need
+	for _, p := range purposes {
+		for _, r := range requirements[p] {
+			if slices.ContainsFunc(r.files, m.exists) || (m.source && r.why == "the kernel source") {
+				continue
+			}
+			known := slices.ContainsFunc(needs, func(n need) bool { return slices.Equal(n.files, r.files) })
+			if !known {
+				needs = append(needs, need{r, p})
+			}
+		}
+	}
+	return needs
+}
+
+// manager is a package manager.
+type manager struct {
+	name    string
+	install []string                     // command, to be followed by packages
+	refresh []string                     // command that reads the repositories anew
+	known   func(pkg string) []string    // command that succeeds if the repositories have pkg
+	names   func(r requirement) []string // the packages of a requirement
+}
+
+var managers = []manager{
+	{
+		name:    "apt-get",
+		install: []string{"apt-get", "install", "-y", "--no-install-recommends"},
+		refresh: []string{"apt-get", "update"},
+		known:   func(pkg string) []string { return []string{"apt-cache", "show", pkg} },
+		names:   func(r requirement) []string { return r.deb },
+	},
+	{
+		name:    "dnf",
+		install: []string{"dnf", "install", "-y", "--setopt=install_weak_deps=False"},
+		refresh: []string{"dnf", "makecache"},
+		known:   func(pkg string) []string { return []string{"dnf", "-q", "list", "--available", pkg} },
+		names:   func(r requirement) []string { return r.rpm },
+	},
+}
+
+func (m machine) ensure(ctx context.Context, purposes []Purpose) error {
+	needs := m.missing(purposes)
+	if len(needs) == 0 {
+		return nil
+	}
+	i := slices.IndexFunc(managers, func(p manager) bool { return m.exists(p.name) })
+	if i < 0 {
+		return fmt.Errorf("cannot install what is missing: this machine has neither apt-get nor dnf; missing:\n  %s", strings.Join(describe(needs), "\n  "))
+	}
+	p := managers[i]
+	if !m.root {
+		var packages []string
+		for _, n := range needs {
+			packages = append(packages, p.names(n.requirement)[0])
+		}
+		return fmt.Errorf("cannot install what is missing without being root; run:\n  sudo %s %s", strings.Join(p.install, " "), strings.Join(unique(packages), " "))
+	}
+	packages, refreshed, err := m.choose(ctx, p, needs)
+	if err != nil || len(packages) == 0 {
+		return err
+	}
+	fmt.Fprintf(m.out, "installing %s with %s\n", strings.Join(packages, " "), p.name)
+	command := slices.Concat(p.install, packages)
+	err = m.run(ctx, false, command[0], command[1:]...)
+	if err != nil && !refreshed && ctx.Err() == nil {
+		// The list of packages may be older than the repository.
+		if rerr := m.run(ctx, false, p.refresh[0], p.refresh[1:]...); rerr != nil {
+			return fmt.Errorf("cannot install %s: %w", strings.Join(packages, " "), errors.Join(err, rerr))
+		}
+		err = m.run(ctx, false, command[0], command[1:]...)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot install what is missing: %w", err)
+	}
+	var still []need
+	for _, n := range m.missing(purposes) {
+		if n.optional == "" {
+			still = append(still, n)
+		}
+	}
+	if len(still) > 0 {
+		return fmt.Errorf("cannot go on: installed %s, but there is still missing:\n  %s", strings.Join(packages, " "), strings.Join(describe(still), "\n  "))
+	}
+	return nil
+}
+
+// choose picks a package for each need, reading the repositories anew if they do not know one, and
+// says why each is installed.
+func (m machine) choose(ctx context.Context, p manager, needs []need) (packages []string, refreshed bool, err error) {
+	available := func(n need) string {
+		for _, pkg := range p.names(n.requirement) {
+			command := p.known(pkg)
+			// dnf lists no paths; it resolves them when it installs.
+			if p.name == "dnf" && strings.HasPrefix(pkg, "/") {
+				command = []string{"dnf", "-q", "provides", pkg}
+			}
+			if m.run(ctx, true, command[0], command[1:]...) == nil {
+				return pkg
+			}
+		}
+		return ""
+	}
+	for _, n := range needs {
+		pkg := available(n)
+		if pkg == "" && !refreshed {
+			fmt.Fprintf(m.out, "reading the list of packages (%s)\n", strings.Join(p.refresh, " "))
+			if err := m.run(ctx, false, p.refresh[0], p.refresh[1:]...); err != nil {
+				return nil, false, fmt.Errorf("cannot read the list of packages: %w", err)
+			}
+			refreshed = true
+			pkg = available(n)
+		}
+		switch {
+		case pkg != "":
+			fmt.Fprintf(m.out, "needed to %s: %s (%s)\n", n.purpose, pkg, n.why)
+			packages = append(packages, pkg)
+		case n.optional != "":
+			fmt.Fprintf(m.out, "not to be had here: %s; %s\n", strings.Join(p.names(n.requirement), " or "), n.optional)
+		default:
+			return nil, refreshed, fmt.Errorf("cannot %s: the repositories of this machine have no %s, which %s", n.purpose, strings.Join(p.names(n.requirement), " or "), n.why)
+		}
+	}
+	return unique(packages), refreshed, nil
+}
+
+func describe(needs []need) []string {
+	var lines []string
+	for _, n := range needs {
+		lines = append(lines, fmt.Sprintf("%s, to %s: %s", n.files[0], n.purpose, n.why))
+	}
+	return lines
+}
+
+func unique(names []string) []string {
+	var list []string
+	for _, name := range names {
+		if !slices.Contains(list, name) {
+			list = append(list, name)
+		}
+	}
+	return list
+}
