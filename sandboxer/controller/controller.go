@@ -1,0 +1,170 @@
+// Package controller serves the sandbox API, gRPC service containerd.services.sandbox.v1.Controller,
+// for all pods of the node.
+//
+// What arrives on the wire is kept apart from what it means: the server hands raw messages to a
+// dialect, which decodes them into requests and encodes results, and Controller does the work. The
+// service name is shared by clients that number the fields of its messages differently; another
+// dialect is another implementation of that interface, chosen by the bytes.
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"kuasar.io/kuasar/sandboxer/pod"
+)
+
+// Pods is what the controller needs; *pod.Manager has it.
+type Pods interface {
+	Create(ctx context.Context, req pod.CreateRequest) error
+	Start(ctx context.Context, id string) (pod.Status, error)
+	Stop(ctx context.Context, id string, grace time.Duration) error
+	Shutdown(ctx context.Context, id string) error
+	Status(id string) (pod.Status, error)
+	Wait(ctx context.Context, id string) (pod.Status, error)
+	Metrics(id string) (proto.Message, error)
+}
+
+// method is a call of the service.
+type method string
+
+const (
+	create   method = "Create"
+	start    method = "Start"
+	platform method = "Platform"
+	stop     method = "Stop"
+	wait     method = "Wait"
+	state    method = "Status"
+	shutdown method = "Shutdown"
+	measure  method = "Metrics"
+	update   method = "Update"
+)
+
+var methods = []method{create, start, platform, stop, wait, state, shutdown, measure, update}
+
+// request is a decoded call; fields that a method does not have are zero.
+type request struct {
+	id      string
+	netns   string
+	config  *cri.PodSandboxConfig
+	cni     json.RawMessage
+	timeout time.Duration
+	verbose bool
+}
+
+// result is what a call returns; a dialect encodes what its method's response has.
+type result struct {
+	pod.Status
+	info    map[string]string
+	metrics proto.Message
+}
+
+// Controller carries out the calls.
+type Controller struct {
+	pods Pods
+	log  *slog.Logger
+}
+
+// New returns a controller of pods.
+func New(pods Pods, log *slog.Logger) *Controller {
+	return &Controller{pods: pods, log: log}
+}
+
+func (c *Controller) do(ctx context.Context, m method, req request) (result, error) {
+	if req.id == "" && m != platform {
+		return result{}, fmt.Errorf("sandbox_id is empty: %w", errdefs.ErrInvalidArgument)
+	}
+	res := result{Status: pod.Status{ID: req.id}}
+	var err error
+	switch m {
+	case create:
+		err = c.pods.Create(ctx, pod.CreateRequest{ID: req.id, NetNS: req.netns, Config: req.config, CNI: req.cni})
+	case start:
+		res.Status, err = c.pods.Start(ctx, req.id)
+	case stop:
+		err = c.pods.Stop(ctx, req.id, req.timeout)
+	case shutdown:
+		err = c.pods.Shutdown(ctx, req.id)
+	case wait:
+		res.Status, err = c.pods.Wait(ctx, req.id)
+	case state:
+		res.Status, err = c.pods.Status(req.id)
+		if err == nil && req.verbose {
+			res.info, err = info(res.Status)
+		}
+	case measure:
+		res.metrics, err = c.pods.Metrics(req.id)
+	case platform, update:
+		// The platform is the same for all pods. Updates carry nothing yet that a running machine
+		// could follow, and clients make no difference between a success and a refusal.
+	}
+	return res, err
+}
+
+// info is what a verbose status tells beyond the plain one. The entry "info" is a JSON object whose
+// keys CRI clients know; the other is for people.
+func info(s pod.Status) (map[string]string, error) {
+	known, err := json.Marshal(struct {
+		PID           int             `json:"pid"`
+		ProcessStatus string          `json:"processStatus"`
+		NetNSClosed   bool            `json:"netNamespaceClosed"`
+		Config        json.RawMessage `json:"config,omitempty"`
+		CNIResult     json.RawMessage `json:"cniResult,omitempty"`
+	}{s.PID, string(s.State), !s.ExitedAt.IsZero(), s.Config, s.CNI})
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode the pod's status: %w", err)
+	}
+	stages := make(map[string]string, len(s.Stages))
+	for _, t := range s.Stages {
+		stages[t.Stage] = t.Duration.Round(time.Microsecond).String()
+	}
+	own, err := json.Marshal(struct {
+		Hypervisor string            `json:"hypervisor"`
+		NetNS      string            `json:"netns"`
+		Stages     map[string]string `json:"bootStages"`
+		Reason     string            `json:"reason,omitempty"`
+	}{s.Hypervisor, s.NetNS, stages, s.Reason})
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode the pod's status: %w", err)
+	}
+	return map[string]string{"info": string(known), "kuasar": string(own)}, nil
+}
+
+// maxMessage bounds the text of an error on the wire, in bytes: it travels in HTTP/2 headers.
+const maxMessage = 4 << 10
+
+// rpcError gives err the status code of its class. The text crosses unchanged: it is what the user
+// of crictl and the events of Kubernetes see.
+func rpcError(err error) error {
+	if err == nil {
+		return nil
+	}
+	var code codes.Code
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		code = codes.ResourceExhausted
+	default:
+		code = status.Code(errgrpc.ToGRPC(errdefs.Resolve(err)))
+		if code == codes.Unknown {
+			code = codes.Internal
+		}
+	}
+	text := strings.ToValidUTF8(err.Error(), "�")
+	if len(text) > maxMessage {
+		text = strings.ToValidUTF8(text[:maxMessage], "") + "…"
+	}
+	return status.Error(code, text)
+}

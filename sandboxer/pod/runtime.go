@@ -1,0 +1,130 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"net"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/guestlink"
+	"kuasar.io/kuasar/sandboxer/vm"
+)
+
+// Runtime is what pods are made with. The functions are called from several goroutines.
+type Runtime struct {
+	Driver vm.Driver
+	// OpenLink opens the connection to the agent of a started machine.
+	OpenLink func(ctx context.Context, e vm.Endpoint, log *slog.Logger) (guestlink.Link, error)
+	// Vsock claims a context id for a pod; nil where the host has no vsock: the machine then gets
+	// the serial multiplex.
+	Vsock func() (*vm.Vsock, error)
+
+	Attach         func(ctx context.Context, netns string) (Network, error)
+	RestoreNetwork func(saved json.RawMessage) (Network, error)
+
+	// NewShare makes the mount tree of a pod in its state directory; OpenShare takes over the one
+	// that another daemon made, in whatever condition it is, and works also when there is none.
+	NewShare  func(dir string) (Share, error)
+	OpenShare func(dir string) (Share, error)
+	// StartVirtiofsd serves the share's directory on socket. Nil where no such daemon is installed:
+	// the hypervisor exports the directory itself as 9p.
+	StartVirtiofsd   func(ctx context.Context, c VirtiofsdConfig) (Virtiofsd, error)
+	RestoreVirtiofsd func(saved json.RawMessage) (Virtiofsd, error)
+
+	NewCgroup func(name string) (Cgroup, error)
+	// LoadCgroup finds the leaf that NewCgroup made for name; it works also when there is none.
+	LoadCgroup func(name string) (Cgroup, error)
+
+	// NewContainers makes the host's side of a pod's containers.
+	NewContainers func(ContainersConfig) (Containers, error)
+}
+
+// Network is the attachment of a machine to the pod's network namespace.
+type Network interface {
+	// NICs hands over the tap descriptors, once.
+	NICs() []vm.NIC
+	// Guest is what the guest has to configure.
+	Guest() *protocol.Network
+	// Saved is what RestoreNetwork needs.
+	Saved() (json.RawMessage, error)
+	// Close removes everything from the namespace; a namespace that is gone is no error.
+	Close() error
+}
+
+// Share is the directory tree that the guest sees.
+type Share interface {
+	// Exported is the directory on the host that is to be exported.
+	Exported() string
+	// Close unmounts and removes everything; it is idempotent.
+	Close() error
+}
+
+// VirtiofsdConfig tells how to serve a share.
+type VirtiofsdConfig struct {
+	Dir         string   // the directory to export
+	Socket      string   // the Unix socket to listen on
+	CgroupProcs []string // files to which the daemon is added before it executes
+	Log         *slog.Logger
+}
+
+// Virtiofsd is a running file system daemon.
+type Virtiofsd interface {
+	Exited() <-chan struct{}
+	Saved() (json.RawMessage, error)
+	Stop() error
+}
+
+// Cgroup is the leaf that holds every process of a pod on the host.
+type Cgroup interface {
+	// Procs are the files into which a process is written to join, one per hierarchy.
+	Procs() []string
+	Metrics() (proto.Message, error)
+	// Delete kills what is inside and removes the leaf; a leaf that is gone is no error.
+	Delete(ctx context.Context) error
+}
+
+// ContainersConfig is what the containers of a pod need.
+type ContainersConfig struct {
+	PodID string
+	// Dir is the pod's state directory.
+	Dir string
+	// Address is where the task API will be served, in the form that clients get.
+	Address string
+	// Guest is the connection to the agent. For a pod whose machine ended while no daemon was there
+	// all its calls fail, and GuestGone follows at once.
+	Guest     *Guest
+	Share     Share
+	SharedPID bool
+	// Records is what Journal was last called with, nil for a new pod.
+	Records json.RawMessage
+	// Journal keeps the containers' records over a restart of the daemon.
+	Journal func(records json.RawMessage)
+	// Fail reports that the guest broke the protocol; the pod is stopped.
+	Fail func(error)
+	Log  *slog.Logger
+}
+
+// Containers is the host's side of the containers of one pod.
+type Containers interface {
+	// Serve answers the task and streaming APIs on l until Close.
+	Serve(l net.Listener) error
+	Close() error
+	// GuestGone ends every process at the given time and releases the containers' storage.
+	GuestGone(exit time.Time)
+	// OOM reports that the guest's kernel killed a process of the container for want of memory.
+	OOM(containerID string)
+	// Len is the number of containers that are not deleted.
+	Len() int
+}
+
+// console is implemented by machines that follow their guest's console.
+type console interface {
+	// ConsoleTail returns the last lines, oldest first.
+	ConsoleTail() []string
+	// Panicked yields the line of a kernel panic.
+	Panicked() <-chan string
+}
