@@ -6,15 +6,30 @@ import (
 	"context"
 	"os"
 
+	"kuasar.io/kuasar/ci/build"
 	"kuasar.io/kuasar/ci/generate"
-	"kuasar.io/kuasar/guest/kernel"
+	"kuasar.io/kuasar/ci/lint"
 )
 
-// Kernel builds the guest kernel, out/vmlinux.bin, from KERNEL_SOURCE or the distribution's source package.
-func Kernel(ctx context.Context) error {
-	_, err := kernel.Build(ctx, kernel.Config{Source: os.Getenv("KERNEL_SOURCE"), Output: "out/vmlinux.bin", Progress: os.Stdout})
-	return err
-}
+// Default is what "go tool mage" does without a target.
+var Default = Build
+
+var tree = build.Tree{Progress: os.Stdout}
+
+// Build makes everything below out/: the programs, the guest kernel and the initrd.
+func Build(ctx context.Context) error { return tree.Everything(ctx) }
+
+// Kernel makes the guest kernel, from KERNEL_SOURCE or the distribution's source package.
+func Kernel(ctx context.Context) error { return tree.Kernel(ctx) }
+
+// Initrd makes the guest's agent and the initrd around it.
+func Initrd(ctx context.Context) error { return tree.Initrd(ctx) }
+
+// Lint checks format, vet, staticcheck, known vulnerabilities and go.mod of every module.
+func Lint(ctx context.Context) error { return lint.Run(ctx, ".", os.Stdout) }
 
 // Generate writes the Go code of the .proto files.
 func Generate(ctx context.Context) error { return generate.Write(ctx, ".") }
+
+// Clean removes out/ and keeps the cache.
+func Clean() error { return tree.Clean() }
