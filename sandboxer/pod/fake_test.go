@@ -1,0 +1,467 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/guestlink"
+	"kuasar.io/kuasar/sandboxer/vm"
+)
+
+// world is the kernel of the fakes: what exists on the host, whichever daemon made it. It outlives
+// managers, as the node outlives daemons.
+type world struct {
+	t *testing.T
+
+	mu       sync.Mutex
+	exists   map[string]any // resources by "kind id"
+	log      []string       // what was undone, in order
+	fail     map[string]error
+	noHello  bool
+	panicMsg string
+	setup    *protocol.SetupRequest
+	events   chan *protocol.Event
+	clocks   int
+	orphaned bool          // the handles of machines belong to a dead daemon
+	powerOff chan struct{} // closed by PowerOff, which then ends the machine
+	spec     vm.Spec
+}
+
+func newWorld(t *testing.T) *world {
+	return &world{t: t, exists: map[string]any{}, fail: map[string]error{}, events: make(chan *protocol.Event, 4)}
+}
+
+func (w *world) failure(what string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.fail[what]
+}
+
+func (w *world) setFailure(what string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail[what] = err
+}
+
+func (w *world) make(kind, id string, v any) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.fail["make "+kind]; err != nil {
+		return err
+	}
+	if _, ok := w.exists[kind+" "+id]; ok {
+		w.t.Errorf("%s %s is made twice", kind, id)
+	}
+	w.exists[kind+" "+id] = v
+	return nil
+}
+
+func (w *world) get(kind, id string) any {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.exists[kind+" "+id]
+}
+
+func (w *world) remove(kind, id string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.fail["remove "+kind]; err != nil {
+		return err
+	}
+	if _, ok := w.exists[kind+" "+id]; ok {
+		delete(w.exists, kind+" "+id)
+		w.log = append(w.log, kind)
+	}
+	return nil
+}
+
+func (w *world) left() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Sorted(maps.Keys(w.exists))
+}
+
+func (w *world) undone() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.log)
+}
+
+func (w *world) machine(id string) *fakeMachine {
+	m, _ := w.get("hypervisor", id).(*fakeMachine)
+	return m
+}
+
+func (w *world) runtime() Runtime {
+	return Runtime{
+		Driver: fakeDriver{w},
+		OpenLink: func(_ context.Context, e vm.Endpoint, _ *slog.Logger) (guestlink.Link, error) {
+			if err := w.failure("open link"); err != nil {
+				return nil, err
+			}
+			l := &fakeLink{w: w, id: e.SerialSocket, broken: make(chan struct{}), closed: make(chan struct{})}
+			return l, w.make("link", l.id, l)
+		},
+		Attach: func(_ context.Context, netns string) (Network, error) {
+			return &fakeNetwork{w, netns}, w.make("network", netns, nil)
+		},
+		RestoreNetwork: func(saved json.RawMessage) (Network, error) {
+			n := &fakeNetwork{w: w}
+			return n, json.Unmarshal(saved, &n.netns)
+		},
+		NewShare: func(dir string) (Share, error) {
+			return &fakeShare{w, dir}, w.make("share", dir, nil)
+		},
+		OpenShare: func(dir string) (Share, error) { return &fakeShare{w, dir}, nil },
+		StartVirtiofsd: func(_ context.Context, c VirtiofsdConfig) (Virtiofsd, error) {
+			d := &fakeVirtiofsd{w, c.Dir, make(chan struct{})}
+			return d, w.make("virtiofsd", c.Dir, d)
+		},
+		RestoreVirtiofsd: func(saved json.RawMessage) (Virtiofsd, error) {
+			var dir string
+			if err := json.Unmarshal(saved, &dir); err != nil {
+				return nil, err
+			}
+			if d, ok := w.get("virtiofsd", dir).(*fakeVirtiofsd); ok {
+				return d, nil
+			}
+			return nil, errors.New("no such process")
+		},
+		NewCgroup: func(name string) (Cgroup, error) {
+			return &fakeCgroup{w, name}, w.make("cgroup", name, nil)
+		},
+		LoadCgroup: func(name string) (Cgroup, error) { return &fakeCgroup{w, name}, w.failure("load cgroup") },
+		NewContainers: func(c ContainersConfig) (Containers, error) {
+			f := &fakeContainers{w: w, c: c, closed: make(chan struct{})}
+			return f, w.make("containers", c.PodID, f)
+		},
+	}
+}
+
+type fakeDriver struct{ w *world }
+
+func (fakeDriver) Name() string { return "fake 1.0" }
+
+func (d fakeDriver) Create(s vm.Spec) (vm.Machine, error) {
+	d.w.mu.Lock()
+	d.w.spec = s
+	d.w.mu.Unlock()
+	return &fakeMachine{w: d.w, id: s.PodID, exited: make(chan struct{}), panicked: make(chan string, 1)}, d.w.failure("create machine")
+}
+
+func (d fakeDriver) Restore(_ context.Context, state json.RawMessage) (vm.Machine, error) {
+	var id string
+	if err := json.Unmarshal(state, &id); err != nil {
+		return nil, err
+	}
+	if m := d.w.machine(id); m != nil {
+		m = &fakeMachine{w: d.w, id: id, exited: make(chan struct{}), panicked: make(chan string, 1)}
+		d.w.mu.Lock()
+		d.w.exists["hypervisor "+id] = m
+		d.w.orphaned = false
+		d.w.mu.Unlock()
+		return m, nil
+	}
+	return nil, vm.ErrGone
+}
+
+// fakeMachine is one daemon's handle of a machine: the handle of a dead daemon notices nothing.
+type fakeMachine struct {
+	w        *world
+	id       string
+	once     sync.Once
+	exited   chan struct{}
+	panicked chan string
+	exit     vm.Exit
+}
+
+func (m *fakeMachine) Start(context.Context) error {
+	if err := m.w.make("hypervisor", m.id, m); err != nil {
+		return err
+	}
+	if m.w.panicMsg != "" {
+		m.panicked <- m.w.panicMsg
+	}
+	if m.w.failure("live") != nil {
+		m.end(1, "qemu: "+m.w.failure("live").Error())
+	}
+	return nil
+}
+
+func (m *fakeMachine) end(code int, reason string) {
+	m.once.Do(func() {
+		m.exit = vm.Exit{Time: time.Now(), Code: code, Reason: reason}
+		close(m.exited)
+	})
+}
+
+func (m *fakeMachine) Endpoint() vm.Endpoint                     { return vm.Endpoint{SerialSocket: m.id} }
+func (m *fakeMachine) AttachDisk(context.Context, vm.Disk) error { return nil }
+func (m *fakeMachine) DetachDisk(context.Context, string) error  { return nil }
+func (m *fakeMachine) Exited() <-chan struct{}                   { return m.exited }
+func (m *fakeMachine) Exit() vm.Exit                             { return m.exit }
+func (m *fakeMachine) ConsoleTail() []string {
+	return []string{"one", "\x1b[31mtwo\x1b[0m\r", "last words"}
+}
+func (m *fakeMachine) Panicked() <-chan string { return m.panicked }
+func (m *fakeMachine) State() (vm.State, error) {
+	saved, err := json.Marshal(m.id)
+	return vm.State{PID: os.Getpid(), Saved: saved}, err
+}
+
+func (m *fakeMachine) Stop(context.Context) error {
+	if err := m.w.remove("hypervisor", m.id); err != nil {
+		return err
+	}
+	m.end(-1, "stopped")
+	return nil
+}
+
+type fakeLink struct {
+	w      *world
+	id     string
+	once   sync.Once
+	broken chan struct{}
+	closed chan struct{}
+}
+
+func (l *fakeLink) Hello(ctx context.Context) (*protocol.Hello, error) {
+	l.w.mu.Lock()
+	silent := l.w.noHello
+	l.w.mu.Unlock()
+	if silent {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return &protocol.Hello{ProtocolVersion: protocol.Version, AgentVersion: "test"}, nil
+}
+
+func (l *fakeLink) Dial(_ context.Context, port uint32) (net.Conn, error) {
+	near, far := net.Pipe()
+	switch port {
+	case protocol.PortTask:
+		s, err := ttrpc.NewServer()
+		if err != nil {
+			return nil, err
+		}
+		protocol.RegisterSandboxService(s, &fakeAgent{w: l.w, link: l})
+		go s.Serve(context.Background(), &oneConn{conn: far, closed: l.closed})
+		go func() {
+			select {
+			case <-l.closed:
+			case <-l.broken:
+			}
+			s.Close()
+			far.Close()
+		}()
+	case protocol.PortConsole:
+		go func() {
+			io.Copy(far, far)
+			far.Close()
+		}()
+	}
+	return near, nil
+}
+
+func (l *fakeLink) Broken() <-chan struct{} { return l.broken }
+func (l *fakeLink) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return l.w.remove("link", l.id)
+}
+
+// oneConn is a listener that yields one connection.
+type oneConn struct {
+	conn   net.Conn
+	closed chan struct{}
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if c := l.conn; c != nil {
+		l.conn = nil
+		return c, nil
+	}
+	<-l.closed
+	return nil, net.ErrClosed
+}
+func (l *oneConn) Close() error   { return nil }
+func (l *oneConn) Addr() net.Addr { return &net.UnixAddr{} }
+
+type fakeAgent struct {
+	w    *world
+	link *fakeLink
+	protocol.SandboxService
+}
+
+func (a *fakeAgent) Setup(_ context.Context, r *protocol.SetupRequest) (*protocol.SetupResponse, error) {
+	a.w.mu.Lock()
+	a.w.setup = r
+	a.w.mu.Unlock()
+	return &protocol.SetupResponse{}, a.w.failure("setup")
+}
+
+func (a *fakeAgent) SetClock(context.Context, *protocol.SetClockRequest) (*protocol.SetClockResponse, error) {
+	a.w.mu.Lock()
+	a.w.clocks++
+	a.w.mu.Unlock()
+	return &protocol.SetClockResponse{}, nil
+}
+
+func (a *fakeAgent) Events(ctx context.Context, _ *protocol.EventsRequest, s protocol.Sandbox_EventsServer) error {
+	for {
+		select {
+		case e := <-a.w.events:
+			if err := s.Send(e); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-a.link.closed:
+			return nil
+		}
+	}
+}
+
+func (a *fakeAgent) PowerOff(context.Context, *protocol.PowerOffRequest) (*protocol.PowerOffResponse, error) {
+	if a.w.powerOff == nil {
+		return nil, errors.New("not now")
+	}
+	close(a.w.powerOff)
+	a.w.machine(a.link.id).end(0, "")
+	return &protocol.PowerOffResponse{}, nil
+}
+
+type fakeNetwork struct {
+	w     *world
+	netns string
+}
+
+func (n *fakeNetwork) NICs() []vm.NIC { return []vm.NIC{{MTU: 1500}} }
+func (n *fakeNetwork) Guest() *protocol.Network {
+	return &protocol.Network{Interfaces: []*protocol.Interface{{Name: "eth0", Addresses: []string{"10.1.2.3/24", "fd00::3/64"}}}}
+}
+func (n *fakeNetwork) Saved() (json.RawMessage, error) { return json.Marshal(n.netns) }
+func (n *fakeNetwork) Close() error                    { return n.w.remove("network", n.netns) }
+
+type fakeShare struct {
+	w   *world
+	dir string
+}
+
+func (s *fakeShare) Exported() string { return s.dir + "/shared" }
+func (s *fakeShare) Close() error     { return s.w.remove("share", s.dir) }
+
+type fakeVirtiofsd struct {
+	w      *world
+	dir    string
+	exited chan struct{}
+}
+
+func (d *fakeVirtiofsd) Exited() <-chan struct{}         { return d.exited }
+func (d *fakeVirtiofsd) Saved() (json.RawMessage, error) { return json.Marshal(d.dir) }
+func (d *fakeVirtiofsd) Stop() error                     { return d.w.remove("virtiofsd", d.dir) }
+
+type fakeCgroup struct {
+	w    *world
+	name string
+}
+
+func (c *fakeCgroup) Procs() []string                 { return []string{"/cgroup/" + c.name} }
+func (c *fakeCgroup) Metrics() (proto.Message, error) { return wrapperspb.String(c.name), nil }
+
+// Delete kills what is in the leaf, as the real one does.
+func (c *fakeCgroup) Delete(context.Context) error {
+	if err := c.w.failure("remove cgroup"); err != nil {
+		return err
+	}
+	if m := c.w.machine(c.name); m != nil {
+		_ = c.w.remove("hypervisor", c.name)
+		if !c.w.orphaned {
+			m.end(137, "killed")
+		}
+	}
+	c.w.mu.Lock()
+	for k := range c.w.exists {
+		if strings.HasPrefix(k, "virtiofsd ") && strings.Contains(k, "/"+c.name+"/") {
+			delete(c.w.exists, k)
+		}
+	}
+	c.w.mu.Unlock()
+	return c.w.remove("cgroup", c.name)
+}
+
+type fakeContainers struct {
+	w      *world
+	c      ContainersConfig
+	closed chan struct{}
+	once   sync.Once
+
+	mu   sync.Mutex
+	n    int
+	gone time.Time
+	ooms []string
+}
+
+func (c *fakeContainers) Serve(l net.Listener) error {
+	go func() {
+		<-c.closed
+		l.Close()
+	}()
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return nil
+		}
+		fmt.Fprintln(conn, "hello from", c.c.PodID)
+		conn.Close()
+	}
+}
+
+func (c *fakeContainers) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.w.remove("containers", c.c.PodID)
+}
+
+func (c *fakeContainers) GuestGone(at time.Time) {
+	c.mu.Lock()
+	c.gone = at
+	c.mu.Unlock()
+	c.w.mu.Lock()
+	c.w.log = append(c.w.log, "guest gone")
+	c.w.mu.Unlock()
+	c.c.Journal(json.RawMessage(`["gone"]`))
+}
+
+func (c *fakeContainers) OOM(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ooms = append(c.ooms, id)
+}
+
+func (c *fakeContainers) Len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n
+}
+
+func (c *fakeContainers) seen() (time.Time, []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.gone, slices.Clone(c.ooms)
+}
