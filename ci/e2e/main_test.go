@@ -72,9 +72,7 @@ func run(m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	defer func() {
-		for _, parent := range []string{cgroupParent} {
-			removeCgroups(parent)
-		}
+		removeCgroups(cgroupParent)
 		err = errors.Join(err, bed.Close())
 	}()
 	if sandboxer, err = bed.StartSandboxer(ctx, node.Plugin, nil); err != nil {
@@ -132,21 +130,24 @@ func begin(t *testing.T) context.Context {
 		if len(difference) > 0 {
 			t.Errorf("the census after the test differs from the one before:\n%s", strings.Join(difference, "\n"))
 		}
-	})
-	// After what the test itself cleans up and before the census.
-	t.Cleanup(func() {
-		if !t.Failed() {
-			return
+		if t.Failed() {
+			keepLogs(t)
+			t.Logf("the sandboxer's last lines:\n%s", node.Tail(sandboxer.Log, 25))
 		}
-		dir := filepath.Join(config.Root, "out", "e2e", strings.ReplaceAll(t.Name(), "/", "-"))
-		if err := bed.KeepLogs(dir); err != nil {
-			t.Errorf("cannot keep the logs: %v", err)
-		}
-		t.Logf("the logs are in %s; the sandboxer's last lines:\n%s", dir, node.Tail(sandboxer.Log, 25))
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// keepLogs copies the logs of the daemons and the consoles to out/e2e/<test>.
+func keepLogs(t *testing.T) {
+	dir := filepath.Join(config.Root, "out", "e2e", strings.ReplaceAll(t.Name(), "/", "-"))
+	if err := bed.KeepLogs(dir); err != nil {
+		t.Errorf("cannot keep the logs: %v", err)
+		return
+	}
+	t.Logf("the logs are in %s", dir)
 }
 
 // pod is a running pod of a test.
@@ -185,6 +186,7 @@ func runPod(ctx context.Context, t *testing.T, config *runtimeapi.PodSandboxConf
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
 		if t.Failed() {
+			keepLogs(t)
 			t.Logf("the last lines of the guest's console:\n%s", node.Tail(filepath.Join(sandboxer.Dir, id, "sandbox-"+id+".log"), 15))
 		}
 		if err := bed.CRI.RemovePod(ctx, id); err != nil {

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"os"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -18,6 +20,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	utilexec "k8s.io/client-go/util/exec"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"sigs.k8s.io/yaml"
 )
 
 // Client talks to one container runtime. Runtime and Images are the whole interface; the methods
@@ -239,4 +242,36 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 func (c *Client) Pods(ctx context.Context) ([]*runtimeapi.PodSandbox, error) {
 	answer, err := c.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 	return answer.GetItems(), err
+}
+
+// WaitImage returns when the runtime knows an image by its name. It learns of one that was put into
+// its store by an event.
+func (c *Client) WaitImage(ctx context.Context, name string) error {
+	for {
+		answer, err := c.Images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
+		if err != nil {
+			return err
+		}
+		if slices.Contains(answer.GetImage().GetRepoTags(), name) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the container runtime does not find the image %s: %w", name, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// LoadYAML reads a message of CRI from a YAML file, as crictl does: its field names are those of
+// the protocol, and unknown ones are ignored.
+func LoadYAML(path string, message any) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := yaml.Unmarshal(data, message); err != nil {
+		return fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	return nil
 }

@@ -56,9 +56,13 @@ func newBlob(mediaType string, data []byte) blob {
 	}
 }
 
-// Busybox makes an image from the statically linked busybox at path. The same binary gives the
+// Busybox makes an image from this machine's statically linked busybox. The same binary gives the
 // same image, byte for byte.
-func Busybox(path string) (*Image, error) {
+func Busybox() (*Image, error) {
+	path, err := exec.LookPath("busybox")
+	if err != nil {
+		return nil, fmt.Errorf("cannot make an image: %w; install busybox (on Debian the package busybox-static)", err)
+	}
 	binary, err := staticBinary(path)
 	if err != nil {
 		return nil, err
@@ -99,7 +103,7 @@ func Busybox(path string) (*Image, error) {
 func staticBinary(path string) ([]byte, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("cannot read busybox: %w (on Debian it is in the package busybox-static)", err)
+		return nil, fmt.Errorf("cannot read busybox: %w", err)
 	}
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
@@ -107,7 +111,7 @@ func staticBinary(path string) ([]byte, error) {
 	}
 	for _, program := range file.Progs {
 		if program.Type == elf.PT_INTERP {
-			return nil, fmt.Errorf("%s is dynamically linked; install the package busybox-static", path)
+			return nil, fmt.Errorf("%s is linked dynamically; install one that is static (on Debian the package busybox-static)", path)
 		}
 	}
 	return data, nil

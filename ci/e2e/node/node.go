@@ -47,7 +47,7 @@ type Config struct {
 	// Sandboxer, Kernel and Initrd are what was built from it.
 	Sandboxer, Kernel, Initrd string
 	// Progress is told what takes long.
-	Progress io.Writer
+	Progress io.Writer `json:"-"`
 }
 
 // Node is a running node.
@@ -64,7 +64,7 @@ type Node struct {
 	peers      string
 	containerd *process
 	sandboxers []*Sandboxer
-	undo       []func() error
+	before     map[string]string // switches of the kernel that pods' networks change: path, value
 }
 
 // Start makes a node and starts its containerd; StartSandboxer does the rest. If it fails, nothing
@@ -88,7 +88,6 @@ func Start(ctx context.Context, config Config) (_ *Node, err error) {
 	if n.Dir, err = os.MkdirTemp("/tmp", "ksr"); err != nil {
 		return nil, err
 	}
-	n.undo = append(n.undo, func() error { return os.RemoveAll(n.Dir) })
 	if err := n.network(); err != nil {
 		return nil, err
 	}
@@ -99,15 +98,19 @@ func Start(ctx context.Context, config Config) (_ *Node, err error) {
 	if n.CRI, err = cri.Dial(n.Socket); err != nil {
 		return nil, err
 	}
-	n.undo = append(n.undo, n.CRI.Close)
 	if err := n.StartContainerd(ctx); err != nil {
 		return nil, err
 	}
-	busybox, err := image.Busybox("/bin/busybox")
+	busybox, err := image.Busybox()
 	if err != nil {
 		return nil, err
 	}
 	if err := busybox.Import(ctx, n.CRI.Conn); err != nil {
+		return nil, err
+	}
+	waiting, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if err := n.CRI.WaitImage(waiting, busybox.Name); err != nil {
 		return nil, err
 	}
 	return n, nil
@@ -126,10 +129,22 @@ func (n *Node) Close() error {
 			errs = append(errs, s.Stop())
 		}
 	}
-	for i := len(n.undo) - 1; i >= 0; i-- {
-		errs = append(errs, n.undo[i]())
+	if n.CRI != nil {
+		errs = append(errs, n.CRI.Close())
 	}
-	n.undo = nil
+	for path, value := range n.before {
+		if now, err := os.ReadFile(path); err != nil || string(now) != value {
+			errs = append(errs, os.WriteFile(path, []byte(value), 0))
+		}
+	}
+	if n.Bridge != "" {
+		if output, err := exec.Command("ip", "link", "delete", n.Bridge).CombinedOutput(); err != nil {
+			errs = append(errs, fmt.Errorf("cannot remove the bridge %s: %w: %s", n.Bridge, err, output))
+		}
+	}
+	if n.Dir != "" {
+		errs = append(errs, os.RemoveAll(n.Dir))
+	}
 	return errors.Join(errs...)
 }
 
@@ -200,8 +215,7 @@ func (n *Node) KeepLogs(dir string) error {
 
 func (n *Node) socket(plugin string) string { return filepath.Join(n.Dir, plugin+".sock") }
 
-// network finds a subnet that is not in use and remembers to remove the bridge that the CNI plugin
-// makes in it.
+// network makes the bridge in a subnet that is not in use.
 func (n *Node) network() error {
 	used, err := exec.Command("ip", "-o", "addr", "show").CombinedOutput()
 	if err != nil {
@@ -213,37 +227,26 @@ func (n *Node) network() error {
 	}
 	for third := 1; third < 255; third++ {
 		subnet, bridge := fmt.Sprintf("10.88.%d.", third), fmt.Sprintf("ksr%d", third)
-		if !bytes.Contains(used, []byte(" "+subnet)) && !bytes.Contains(links, []byte(" "+bridge+":")) {
-			n.Bridge, n.Gateway = bridge, subnet+"1"
-			break
+		if bytes.Contains(used, []byte(" "+subnet)) || bytes.Contains(links, []byte(" "+bridge+":")) {
+			continue
 		}
+		// Made here already, and not by the plugin with the first pod, so that two nodes that start
+		// at the same time do not choose the same.
+		if output, err := exec.Command("ip", "link", "add", bridge, "type", "bridge").CombinedOutput(); err != nil {
+			return fmt.Errorf("cannot make the bridge %s: %w: %s", bridge, err, output)
+		}
+		n.Bridge, n.Gateway = bridge, subnet+"1"
+		break
 	}
 	if n.Bridge == "" {
 		return errors.New("all of 10.88.0.0/16 is in use on this machine")
 	}
-	// Made here already, and not by the plugin with the first pod, so that two nodes that start at
-	// the same time do not choose the same.
-	if output, err := exec.Command("ip", "link", "add", n.Bridge, "type", "bridge").CombinedOutput(); err != nil {
-		return fmt.Errorf("cannot make the bridge %s: %w: %s", n.Bridge, err, output)
-	}
-	n.undo = append(n.undo, func() error {
-		if output, err := exec.Command("ip", "link", "delete", n.Bridge).CombinedOutput(); err != nil {
-			return fmt.Errorf("cannot remove the bridge %s: %w: %s", n.Bridge, err, output)
-		}
-		return nil
-	})
 	// The CNI plugin switches forwarding on for the whole machine.
-	for _, switched := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
-		before, err := os.ReadFile(switched)
-		if err != nil {
-			continue // a kernel without that protocol
+	n.before = map[string]string{}
+	for _, path := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+		if value, err := os.ReadFile(path); err == nil { // a kernel may lack the protocol
+			n.before[path] = string(value)
 		}
-		n.undo = append(n.undo, func() error {
-			if now, err := os.ReadFile(switched); err == nil && bytes.Equal(now, before) {
-				return nil
-			}
-			return os.WriteFile(switched, before, 0)
-		})
 	}
 	return nil
 }
@@ -251,7 +254,7 @@ func (n *Node) network() error {
 // configure writes the configuration of containerd and of the networks.
 func (n *Node) configure() error {
 	values := struct {
-		Dir, Bridge, IPv4, IPv6            string
+		Dir, Bridge, IPv4, IPv6                 string
 		Plugin, PluginFaulty                    string
 		Handler, Streaming, DualStack, Faulty   string
 		PluginSocket, PluginFaultySocket, Peers string
@@ -364,3 +367,8 @@ const cniDualConfig = `{
   ]
 }
 `
+
+// Root is the source tree of the project; Kernel and Initrd are what the pods boot.
+func (n *Node) Root() string   { return n.config.Root }
+func (n *Node) Kernel() string { return n.config.Kernel }
+func (n *Node) Initrd() string { return n.config.Initrd }

@@ -18,9 +18,9 @@ import (
 type process struct {
 	name   string
 	log    string
-	cmd    *exec.Cmd
+	pid    int
 	exited chan struct{}
-	err    error // of Wait; valid once exited is closed
+	err    error // why it ended; valid once exited is closed
 }
 
 // start runs a daemon whose output is appended to <dir>/<name>.log. It is in a process group of its
@@ -32,18 +32,39 @@ func start(dir, name string, env []string, path string, args ...string) (*proces
 		return nil, fmt.Errorf("cannot start %s: %w", name, err)
 	}
 	defer log.Close()
-	p.cmd = exec.Command(path, args...)
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.Env = append(os.Environ(), env...)
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := p.cmd.Start(); err != nil {
+	cmd := exec.Command(path, args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("cannot start %s: %w", name, err)
 	}
+	p.pid = cmd.Process.Pid
 	go func() {
-		p.err = p.cmd.Wait()
+		p.err = cmd.Wait()
 		close(p.exited)
 	}()
 	return p, nil
+}
+
+// adopt takes over a daemon that another process started and left running. executable guards
+// against the number having become somebody else's.
+func adopt(dir, name string, pid int, executable string) *process {
+	p := &process{name: name, log: filepath.Join(dir, name+".log"), pid: pid, exited: make(chan struct{})}
+	go func() {
+		for p.is(executable) {
+			time.Sleep(20 * time.Millisecond)
+		}
+		p.err = errors.New("ended, how is not known")
+		close(p.exited)
+	}()
+	return p
+}
+
+// is says whether the process lives and runs the executable.
+func (p *process) is(executable string) bool {
+	path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.pid))
+	return err == nil && strings.TrimSuffix(path, " (deleted)") == executable
 }
 
 // stop ends the daemon with SIGTERM, after ten seconds with SIGKILL, which is an error.
@@ -51,7 +72,7 @@ func (p *process) stop() error {
 	if p == nil {
 		return nil
 	}
-	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.signal(syscall.SIGTERM)
 	select {
 	case <-p.exited:
 		return nil
@@ -63,8 +84,17 @@ func (p *process) stop() error {
 
 // kill ends the daemon with SIGKILL.
 func (p *process) kill() {
-	p.cmd.Process.Kill()
+	p.signal(syscall.SIGKILL)
 	<-p.exited
+}
+
+// signal does nothing to a process that has ended.
+func (p *process) signal(signal syscall.Signal) {
+	select {
+	case <-p.exited:
+	default:
+		syscall.Kill(p.pid, signal)
+	}
 }
 
 // waitFor polls until done says true, the daemon ends or ctx does.
@@ -100,12 +130,8 @@ func Tail(path string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// isSocket says whether path is a Unix socket that is being listened on: the file of a daemon that
-// was killed is still there.
+// isSocket says whether path is a Unix socket.
 func isSocket(path string) bool {
 	info, err := os.Stat(path)
 	return err == nil && info.Mode()&os.ModeSocket != 0
 }
-
-// isGone says whether err means that a file does not exist.
-func isGone(err error) bool { return errors.Is(err, os.ErrNotExist) }

@@ -100,7 +100,7 @@ func (s *Sandboxer) Stop() error { return s.process.stop() }
 func (s *Sandboxer) Kill() { s.process.kill() }
 
 // PID of the daemon.
-func (s *Sandboxer) PID() int { return s.process.cmd.Process.Pid }
+func (s *Sandboxer) PID() int { return s.process.pid }
 
 // Running says whether the daemon lives.
 func (s *Sandboxer) Running() bool {

@@ -1,0 +1,75 @@
+// Package bed prepares this machine and runs what module ci/e2e holds on it: the demonstration, the
+// end-to-end tests and the benchmarks.
+package bed
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"kuasar.io/kuasar/ci/build"
+	"kuasar.io/kuasar/ci/host"
+)
+
+// Demo runs the guide's pod and shows it. KEEP and END in the environment are explained by what it
+// prints.
+func Demo(ctx context.Context, tree build.Tree) error {
+	if os.Getenv("END") == "" {
+		if err := prepare(ctx, tree); err != nil {
+			return err
+		}
+	}
+	return run(ctx, tree, e2e, nil, "run", "./demo")
+}
+
+// Test runs the unit tests, then the tests that need root and virtual machines.
+func Test(ctx context.Context, tree build.Tree) error {
+	if err := host.Ensure(ctx, host.Race); err != nil {
+		return err
+	}
+	if err := run(ctx, tree, ".", []string{"CGO_ENABLED=1"}, "test", "-race", "./..."); err != nil {
+		return err
+	}
+	if err := prepare(ctx, tree); err != nil {
+		return err
+	}
+	return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, "test", "-count=1", "-timeout=30m", "-v", "./...")
+}
+
+// Bench measures and prints the table; the samples are kept in out/bench/.
+func Bench(ctx context.Context, tree build.Tree) error {
+	if err := prepare(ctx, tree); err != nil {
+		return err
+	}
+	return run(ctx, tree, e2e, nil, "run", "./bench")
+}
+
+const e2e = "ci/e2e"
+
+func prepare(ctx context.Context, tree build.Tree) error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("pods in virtual machines need root: for network namespaces, mounts and cgroups")
+	}
+	if err := host.Ensure(ctx, host.Agent, host.Kernel, host.Run); err != nil {
+		return err
+	}
+	return tree.Everything(ctx)
+}
+
+// run runs the go command in a folder of the tree, on this terminal.
+func run(ctx context.Context, tree build.Tree, dir string, env []string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = filepath.Join(tree.Root, dir)
+	cmd.Env = append(append(os.Environ(), "GOWORK=off"), env...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// An interrupted demo or test still stops its machines and daemons.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = time.Minute
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("go %s in %s: %w", args[0], dir, err)
+	}
+	return nil
+}

@@ -1,0 +1,112 @@
+package e2e
+
+import (
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"kuasar.io/kuasar/ci/e2e/node"
+)
+
+func TestRestartOfContainerd(t *testing.T) {
+	ctx := begin(t)
+	p := runPod(ctx, t, podConfig(t), node.Handler)
+	config := container("n=0; until [ -e /end ]; do echo $n; n=$((n+1)); sleep 0.1; done; exit 11")
+	id := p.start(ctx, t, config)
+	vmm, _, err := sandboxer.VMM(p.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := func() int { return strings.Count(p.log(t, config, "stdout"), "\n") }
+	eventually(ctx, t, "the container writes", func() bool { return lines() > 2 })
+
+	if err := bed.StopContainerd(); err != nil {
+		t.Fatal(err)
+	}
+	before := lines()
+	if err := bed.StartContainerd(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if now, _, err := sandboxer.VMM(p.id); err != nil || now != vmm {
+		t.Fatalf("the virtual machine was process %d and is %d, %v", vmm, now, err)
+	}
+	status, err := bed.CRI.Status(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status.State != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		t.Fatalf("the container is %s", status.State)
+	}
+	eventually(ctx, t, "the container goes on writing", func() bool { return lines() > before+2 })
+	exec(ctx, t, id, "touch", "/end")
+	if status, err = bed.CRI.WaitExited(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	if status.ExitCode != 11 {
+		t.Errorf("the exit code is %d", status.ExitCode)
+	}
+	// Nothing of what was written meanwhile is missing.
+	eventually(ctx, t, "the log is complete", func() bool {
+		last := -1
+		for line := range strings.Lines(p.log(t, config, "stdout")) {
+			if strings.TrimSpace(line) != strconv.Itoa(last+1) {
+				t.Fatalf("the log has %q after %d", line, last)
+			}
+			last++
+		}
+		return last >= before
+	})
+}
+
+func TestMachineThatDies(t *testing.T) {
+	ctx := begin(t)
+	p := runPod(ctx, t, podConfig(t), node.Handler)
+	other := runPod(ctx, t, podConfig(t), node.Handler)
+	id := p.start(ctx, t, container("sleep 1000"))
+	otherID := other.start(ctx, t, container("sleep 1000"))
+	vmm, _, err := sandboxer.VMM(p.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(vmm, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	status, err := bed.CRI.WaitExited(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status.ExitCode != 137 {
+		t.Errorf("the container's exit code is %d, not 137", status.ExitCode)
+	}
+	eventually(ctx, t, "the pod is not ready any more", func() bool {
+		answer, err := bed.CRI.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id})
+		return err == nil && answer.Status.State == runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+	})
+	exec(ctx, t, otherID, "true")
+}
+
+func TestGuestThatPanics(t *testing.T) {
+	ctx := begin(t)
+	p := runPod(ctx, t, podConfig(t), node.Handler)
+	id := p.start(ctx, t, container("sleep 1000"))
+	// The console ends with the guest, so its error is no news.
+	sandboxer.Console(ctx, p.id, "echo c > /proc/sysrq-trigger")
+	status, err := bed.CRI.WaitExited(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status.ExitCode != 137 {
+		t.Errorf("the container's exit code is %d, not 137", status.ExitCode)
+	}
+	log, err := os.ReadFile(sandboxer.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(log), "sysrq triggered crash") {
+		t.Errorf("the sandboxer's log does not say why the guest died:\n%s", node.Tail(sandboxer.Log, 10))
+	}
+}
