@@ -59,7 +59,7 @@ func run() (int, error) {
 	interrupts := make(chan os.Signal, 1)
 	signal.Notify(interrupts, os.Interrupt)
 	prompt := *interactive || term.IsTerminal(int(os.Stdin.Fd()))
-	return lines(runner, oneByte{os.Stdin}, prompt)
+	return lines(runner, oneByte{os.Stdin}, os.Stdout, os.Stderr, prompt)
 }
 
 func script(runner *interp.Runner, r io.Reader, name string, args ...string) (int, error) {
@@ -76,10 +76,10 @@ func script(runner *interp.Runner, r io.Reader, name string, args ...string) (in
 
 // lines runs complete lines until the input ends or the shell exits. A line that is no shell
 // syntax is reported, and the next is read.
-func lines(runner *interp.Runner, r io.Reader, prompt bool) (int, error) {
+func lines(runner *interp.Runner, r io.Reader, stdout, stderr io.Writer, prompt bool) (int, error) {
 	say := func(text string) {
 		if prompt {
-			fmt.Fprint(os.Stdout, text)
+			fmt.Fprint(stdout, text)
 		}
 	}
 	last := 0
@@ -95,7 +95,7 @@ func lines(runner *interp.Runner, r io.Reader, prompt bool) (int, error) {
 			for _, s := range statements {
 				var err error
 				if last, err = status(runner.Run(context.Background(), s)); err != nil {
-					fmt.Fprintf(os.Stderr, "sh: %v\n", err)
+					fmt.Fprintf(stderr, "sh: %v\n", err)
 				}
 				if runner.Exited() {
 					exited = true
@@ -110,7 +110,7 @@ func lines(runner *interp.Runner, r io.Reader, prompt bool) (int, error) {
 		case exited:
 			return last, nil
 		case errors.As(err, &mistake):
-			fmt.Fprintf(os.Stderr, "sh: %v\n", err)
+			fmt.Fprintf(stderr, "sh: %v\n", err)
 			last = 2
 		case err != nil:
 			return 2, err
