@@ -1,0 +1,503 @@
+package containers
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+func class(err error) error { return errgrpc.ToNative(err) }
+
+func TestLife(t *testing.T) {
+	g := newGuest(t)
+	ctx := context.Background()
+	h := g.open(false, false)
+	if err := g.create("c1", g.spec("sh", "-c", "echo out; echo err >&2; exit 7"), h); err != nil {
+		t.Fatal(err)
+	}
+	state := func() *taskv3.StateResponse {
+		r, err := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	if s := state(); s.Status != task.Status_CREATED || s.Pid == 0 || s.Stdout != h.names.stdout || s.Bundle != "/bundle/of/the/host" {
+		t.Errorf("after create: %v", s)
+	}
+	if err := g.kill("c1", "", 0); err != nil {
+		t.Errorf("signal 0 before start: %v", err)
+	}
+	if _, err := g.s.Create(ctx, &taskv3.CreateTaskRequest{ID: "c1"}); !errdefs.IsAlreadyExists(class(err)) {
+		t.Errorf("second create: %v", err)
+	}
+	pid := g.start("c1", "")
+	if pid != state().Pid {
+		t.Errorf("pid %d became %d", state().Pid, pid)
+	}
+	if code := g.wait("c1", ""); code != 7 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	if h.stdout.String() != "out\n" || h.stderr.String() != "err\n" {
+		t.Errorf("stdout %q, stderr %q", h.stdout.String(), h.stderr.String())
+	}
+	if s := state(); s.Status != task.Status_STOPPED || s.ExitStatus != 7 || s.ExitedAt == nil {
+		t.Errorf("after exit: %v", s)
+	}
+	if err := g.kill("c1", "", 0); !errdefs.IsNotFound(class(err)) {
+		t.Errorf("signal 0 after exit: %v", err)
+	}
+	if _, err := g.s.Start(ctx, &taskv3.StartRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("start after exit: %v", err)
+	}
+	if _, err := g.s.Stats(ctx, &taskv3.StatsRequest{ID: "c1"}); err != nil {
+		t.Errorf("stats after exit: %v", err)
+	}
+	if r := g.delete("c1", ""); r.ExitStatus != 7 || r.Pid != pid {
+		t.Errorf("delete: %v", r)
+	}
+	for name, err := range map[string]error{
+		"delete": func() error { _, err := g.s.Delete(ctx, &taskv3.DeleteRequest{ID: "c1"}); return err }(),
+		"state":  func() error { _, err := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"}); return err }(),
+		"wait":   func() error { _, err := g.s.Wait(ctx, &taskv3.WaitRequest{ID: "c1"}); return err }(),
+	} {
+		if !errdefs.IsNotFound(class(err)) {
+			t.Errorf("%s after delete: %v", name, err)
+		}
+	}
+	for range 2 {
+		if err := g.s.Purge(ctx, "c1"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// What a process writes right before its exit must arrive whole.
+func TestBurstBeforeExit(t *testing.T) {
+	g := newGuest(t)
+	const size = 8 << 20
+	for _, terminal := range []bool{false, true} {
+		id := fmt.Sprintf("burst-%v", terminal)
+		h := g.open(false, terminal)
+		g.run(id, g.spec("sh", "-c", "yes 0123456 | head -c "+strconv.Itoa(size)), h)
+		if code := g.wait(id, ""); code != 0 {
+			t.Errorf("exit status %d", code)
+		}
+		h.group.Wait()
+		want := size
+		if terminal {
+			want += size / 8 // \n becomes \r\n
+		}
+		if h.stdout.Len() != want {
+			t.Errorf("terminal %v: %d of %d bytes", terminal, h.stdout.Len(), want)
+		}
+		g.delete(id, "")
+	}
+}
+
+func TestStdin(t *testing.T) {
+	g := newGuest(t)
+	h := g.open(true, false)
+	g.run("c1", g.spec("wc", "-c"), h)
+	data := strings.Repeat("x", 3<<20)
+	if _, err := h.in.Write([]byte(data)); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.in.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if code := g.wait("c1", ""); code != 0 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	if got := strings.TrimSpace(h.stdout.String()); got != strconv.Itoa(len(data)) {
+		t.Errorf("the process read %s bytes", got)
+	}
+}
+
+// CloseIO may overtake the input that was sent before it.
+func TestCloseIO(t *testing.T) {
+	g := newGuest(t)
+	h := g.open(true, false)
+	g.run("c1", g.spec("cat"), h)
+	h.in.Write([]byte("last words"))
+	if _, err := g.s.CloseIO(context.Background(), &taskv3.CloseIORequest{ID: "c1", Stdin: true}); err != nil {
+		t.Fatal(err)
+	}
+	if code := g.wait("c1", ""); code != 0 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	if h.stdout.String() != "last words" {
+		t.Errorf("stdout %q", h.stdout.String())
+	}
+}
+
+func TestSignals(t *testing.T) {
+	g := newGuest(t)
+	h := g.open(false, false)
+	g.run("c1", g.spec("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"), h)
+	g.run("c2", g.spec("sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done"), g.open(false, false))
+	if err := g.kill("c1", "", unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.s.Delete(context.Background(), &taskv3.DeleteRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("delete of a running container: %v", err)
+	}
+	if err := g.kill("c1", "", 77); !errdefs.IsInvalidArgument(class(err)) {
+		t.Errorf("signal 77: %v", err)
+	}
+	if err := g.kill("c1", "", unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if code := g.wait("c1", ""); code != 137 {
+		t.Errorf("exit status %d", code)
+	}
+	until(t, "trap in c2", func() bool {
+		if err := g.kill("c2", "", unix.SIGTERM); errdefs.IsNotFound(class(err)) {
+			return true
+		}
+		return false
+	})
+	if code := g.wait("c2", ""); code != 3 {
+		t.Errorf("exit status %d", code)
+	}
+}
+
+func TestSpecIsHonoured(t *testing.T) {
+	g := newGuest(t)
+	spec := g.spec("sh", "-c", strings.Join([]string{
+		"id", "umask", "ulimit -n", "grep -E 'Cap(Eff|Bnd)|NoNewPrivs|Seccomp:' /proc/self/status",
+		"touch /x 2>&1", "hostname", "pwd", "cat /proc/self/oom_score_adj",
+		"head -c 1 /proc/kcore | wc -c", "echo 1 > /proc/sys/kernel/domainname", "echo reopened > /dev/stdout",
+		"cat /data/file", "touch /data/new 2>&1", "mkdir /tmp/denied 2>&1", "cat /proc/sys/kernel/shmmax",
+	}, "; "))
+	nnp, umask, adj := true, uint32(0o27), 321
+	spec.Process.NoNewPrivileges = nnp
+	spec.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{7, 8}, Umask: &umask}
+	spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 123, Soft: 123}}
+	spec.Process.OOMScoreAdj = &adj
+	spec.Process.Cwd = "/root/made"
+	spec.Hostname = "in-the-spec"
+	spec.Root.Readonly = true
+	spec.Linux.Sysctl = map[string]string{"kernel.shmmax": "123456789"}
+	data := t.TempDir()
+	writeFile(t, data+"/file", "from the share\n")
+	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/data", Type: "bind", Source: data, Options: []string{"rbind", "rprivate", "ro"}})
+	mkdir := unix.Errno(13)
+	spec.Linux.Seccomp = &specs.LinuxSeccomp{
+		DefaultAction: specs.ActAllow,
+		Syscalls:      []specs.LinuxSyscall{{Names: []string{"mkdir", "mkdirat"}, Action: specs.ActErrno, ErrnoRet: (*uint)(new(uint))}},
+	}
+	*spec.Linux.Seccomp.Syscalls[0].ErrnoRet = uint(mkdir)
+	got, code := g.output("c1", spec)
+	for _, want := range []string{
+		"uid=1000 gid=1001 groups=7,8", "0027", "\n123\n", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2",
+		"/x: Read-only file system", "in-the-spec\n", "/root/made\n", "\n321\n", "\n0\n", "domainname", "reopened\n",
+		"from the share\n", "/data/new: Read-only file system", "/tmp/denied': Permission denied", "123456789\n",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%q is missing", want)
+		}
+	}
+	if t.Failed() {
+		t.Logf("exit status %d:\n%s", code, got)
+	}
+}
+
+func TestExec(t *testing.T) {
+	g := newGuest(t)
+	ctx := context.Background()
+	g.run("c1", g.spec("sleep", "1000"), g.open(false, false))
+
+	h := g.open(true, false)
+	if err := g.exec("c1", "e1", h, g.execProcess("sh", "-c", "cat; echo err >&2; exit 5")); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := g.s.State(ctx, &taskv3.StateRequest{ID: "c1", ExecID: "e1"}); err != nil || r.Status != task.Status_CREATED || r.ExecID != "e1" {
+		t.Errorf("before start: %v, %v", r, err)
+	}
+	if err := g.exec("c1", "e1", h, g.execProcess("true")); !errdefs.IsAlreadyExists(class(err)) {
+		t.Errorf("same exec id: %v", err)
+	}
+	if err := g.kill("c1", "e1", unix.SIGTERM); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("kill before start: %v", err)
+	}
+	if pid := g.start("c1", "e1"); pid == 0 {
+		t.Error("no pid")
+	}
+	if _, err := g.s.Start(ctx, &taskv3.StartRequest{ID: "c1", ExecID: "e1"}); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("second start: %v", err)
+	}
+	h.in.Write([]byte("through"))
+	h.in.CloseWrite()
+	if code := g.wait("c1", "e1"); code != 5 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	if h.stdout.String() != "through" || h.stderr.String() != "err\n" {
+		t.Errorf("stdout %q, stderr %q", h.stdout.String(), h.stderr.String())
+	}
+	if r := g.delete("c1", "e1"); r.ExitStatus != 5 {
+		t.Errorf("delete: %v", r)
+	}
+	if _, err := g.s.Delete(ctx, &taskv3.DeleteRequest{ID: "c1", ExecID: "e1"}); !errdefs.IsNotFound(class(err)) {
+		t.Errorf("second delete: %v", err)
+	}
+
+	h = g.open(false, false)
+	if err := g.exec("c1", "e2", h, g.execProcess("no-such-program")); err != nil {
+		t.Fatal(err)
+	}
+	_, err := g.s.Start(ctx, &taskv3.StartRequest{ID: "c1", ExecID: "e2"})
+	if err == nil || !strings.Contains(err.Error(), `cannot start "no-such-program" in container c1: executable file not found in $PATH`) {
+		t.Errorf("exec of nothing: %v", err)
+	}
+	h.group.Wait() // the host got EOF
+	g.delete("c1", "e2")
+
+	// A never started one can be dropped.
+	h = g.open(true, false)
+	if err := g.exec("c1", "e3", h, g.execProcess("true")); err != nil {
+		t.Fatal(err)
+	}
+	g.delete("c1", "e3")
+	h.group.Wait()
+
+	if err := g.kill("c1", "", unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	g.wait("c1", "")
+	if err := g.exec("c1", "e4", g.open(false, false), g.execProcess("true")); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("exec in an ended container: %v", err)
+	}
+}
+
+func TestTerminal(t *testing.T) {
+	g := newGuest(t)
+	ctx := context.Background()
+	g.run("c1", g.spec("sleep", "1000"), g.open(false, false))
+	h := g.open(true, true)
+	if err := g.exec("c1", "e1", h, g.execProcess("sh", "-c", "tty; stty size; read line; echo got $line; stty size; read line; exit 4")); err != nil {
+		t.Fatal(err)
+	}
+	resize := func(w, h uint32) {
+		if _, err := g.s.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: "c1", ExecID: "e1", Width: w, Height: h}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	resize(100, 30)
+	g.start("c1", "e1")
+	resize(120, 40)
+	h.in.Write([]byte("hello\n"))
+	h.in.Write([]byte("\n"))
+	if code := g.wait("c1", "e1"); code != 4 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	got := h.stdout.String()
+	for _, want := range []string{"/dev/pts/", "got hello\r\n", "40 120\r\n"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%q is missing in %q", want, got)
+		}
+	}
+	if _, err := g.s.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: "c1", Width: 1, Height: 1}); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("resize without terminal: %v", err)
+	}
+}
+
+// An exit is reported although a descendant keeps the pipe, and nothing of the process is lost.
+func TestDescendantKeepsPipe(t *testing.T) {
+	g := newGuest(t)
+	g.run("c1", g.spec("sleep", "1000"), g.open(false, false))
+	h := g.open(false, false)
+	if err := g.exec("c1", "e1", h, g.execProcess("sh", "-c", "sleep 1000 & yes | head -c 1000000")); err != nil {
+		t.Fatal(err)
+	}
+	g.start("c1", "e1")
+	if code := g.wait("c1", "e1"); code != 0 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	if h.stdout.Len() != 1000000 {
+		t.Errorf("%d bytes", h.stdout.Len())
+	}
+}
+
+func TestFailedCreateLeavesNothing(t *testing.T) {
+	g := newGuest(t)
+	h := g.open(false, false)
+	err := g.create("c1", g.spec("topp"), h)
+	if err == nil || !strings.Contains(err.Error(), `cannot start "topp" in container c1: executable file not found in $PATH`) {
+		t.Errorf("create: %v", err)
+	}
+	h.group.Wait()
+	if ids := g.s.IDs(); len(ids) != 0 {
+		t.Errorf("containers %v", ids)
+	}
+	// The same id can be used again at once.
+	h = g.open(false, false)
+	if err := g.create("c1", g.spec("true"), h); err != nil {
+		t.Fatal(err)
+	}
+	g.delete("c1", "") // never started
+	h.group.Wait()
+
+	bad := g.spec("true")
+	bad.Root.Path = "/no/such/root"
+	h = g.open(false, false)
+	if err := g.create("c2", bad, h); err == nil || !strings.Contains(err.Error(), "/no/such/root") {
+		t.Errorf("create without root: %v", err)
+	}
+	h.group.Wait()
+	for _, id := range []string{"c1", "c2"} {
+		if err := g.s.Purge(context.Background(), id); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := g.s.Create(context.Background(), &taskv3.CreateTaskRequest{ID: "c2"}); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("create without prepare: %v", err)
+	}
+}
+
+func TestKilledBetweenCreateAndStart(t *testing.T) {
+	g := newGuest(t)
+	h := g.open(false, false)
+	if err := g.create("c1", g.spec("true"), h); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.kill("c1", "", unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if code := g.wait("c1", ""); code != 137 {
+		t.Errorf("exit status %d", code)
+	}
+	if _, err := g.s.Start(context.Background(), &taskv3.StartRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("start: %v", err)
+	}
+	g.delete("c1", "")
+	h.group.Wait()
+}
+
+func TestPauseAndUpdate(t *testing.T) {
+	g := newGuest(t)
+	ctx := context.Background()
+	g.run("c1", g.spec("sleep", "1000"), g.open(false, false))
+	for range 2 {
+		if _, err := g.s.Pause(ctx, &taskv3.PauseRequest{ID: "c1"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r, _ := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"}); r.GetStatus() != task.Status_PAUSED {
+		t.Errorf("state %v", r)
+	}
+	if err := g.exec("c1", "e1", g.open(false, false), g.execProcess("true")); !errdefs.IsFailedPrecondition(class(err)) {
+		t.Errorf("exec while paused: %v", err)
+	}
+	for range 2 {
+		if _, err := g.s.Resume(ctx, &taskv3.ResumeRequest{ID: "c1"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r, _ := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"}); r.GetStatus() != task.Status_RUNNING {
+		t.Errorf("state %v", r)
+	}
+
+	for _, limit := range []int64{64 << 20, 32 << 20, 128 << 20} {
+		update(t, g, "c1", &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}})
+		if got := memoryLimit(t, g, "c1"); got != uint64(limit) {
+			t.Errorf("limit %d instead of %d", got, limit)
+		}
+	}
+	limit := int64(77)
+	update(t, g, "c1", &specs.LinuxResources{Pids: &specs.LinuxPids{Limit: &limit}})
+	if got := memoryLimit(t, g, "c1"); got != 128<<20 {
+		t.Errorf("an update of pids changed the limit of memory to %d", got)
+	}
+	// Devices stay allowed after an update, and execs go on.
+	h := g.open(false, false)
+	if err := g.exec("c1", "e2", h, g.execProcess("sh", "-c", "echo x > /dev/null && head -c 3 /dev/zero | wc -c")); err != nil {
+		t.Fatal(err)
+	}
+	g.start("c1", "e2")
+	if code := g.wait("c1", "e2"); code != 0 {
+		t.Errorf("exit status %d: %s", code, h.stderr.String())
+	}
+
+	if _, err := g.s.Pause(ctx, &taskv3.PauseRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.kill("c1", "", unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if code := g.wait("c1", ""); code != 137 {
+		t.Errorf("a paused container ended with %d", code)
+	}
+}
+
+func TestOOM(t *testing.T) {
+	g := newGuest(t)
+	spec := g.spec("dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1")
+	limit := int64(64 << 20)
+	spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &limit, Swap: &limit}
+	g.run("c1", spec, g.open(false, false))
+	if code := g.wait("c1", ""); code != 137 {
+		t.Errorf("exit status %d", code)
+	}
+	g.mu.Lock()
+	oom := strings.Join(g.oom, " ")
+	g.mu.Unlock()
+	if !strings.Contains(oom, "c1") {
+		t.Error("not reported before the exit")
+	}
+	if n := oomKills(t, g, "c1"); n == 0 {
+		t.Error("stats do not tell of it")
+	}
+}
+
+func TestPids(t *testing.T) {
+	g := newGuest(t)
+	g.run("c1", g.spec("sh", "-c", "sleep 1000 & sleep 1000 & wait"), g.open(false, false))
+	until(t, "three processes", func() bool {
+		r, err := g.s.Pids(context.Background(), &taskv3.PidsRequest{ID: "c1"})
+		return err == nil && len(r.Processes) == 3
+	})
+}
+
+func TestPurgeAndStopAll(t *testing.T) {
+	g := newGuest(t)
+	ctx := context.Background()
+	// The host never reads this one's output.
+	g.run("stuck", g.spec("yes"), &hostEnd{names: stdioNames{stdout: "stdio://never-opened"}})
+	if err := g.s.Purge(ctx, "stuck"); err != nil {
+		t.Fatal(err)
+	}
+	g.run("polite", g.spec("sh", "-c", "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.02; done"), g.open(false, false))
+	g.run("deaf", g.spec("sh", "-c", "trap '' TERM; while :; do sleep 0.02; done"), g.open(false, false))
+	if err := g.create("created", g.spec("true"), g.open(false, false)); err != nil {
+		t.Fatal(err)
+	}
+	g.s.StopAll(ctx, 300*time.Millisecond)
+	if code := g.wait("deaf", ""); code != 137 {
+		t.Errorf("deaf ended with %d", code)
+	}
+	g.wait("polite", "")
+	g.wait("created", "")
+	if err := g.prepare("late", g.spec("true")); !errdefs.IsUnavailable(err) {
+		t.Errorf("prepare afterwards: %v", err)
+	}
+	for _, id := range g.s.IDs() {
+		g.delete(id, "")
+	}
+}
