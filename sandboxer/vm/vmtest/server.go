@@ -1,0 +1,235 @@
+// Package vmtest is for tests of the hypervisor drivers and of what stands on them: a QMP server on a
+// real Unix socket that is as strict as the strictest hypervisor, and a stand-in for QEMU's program
+// that checks the command line it is given and fails wherever it is told to.
+package vmtest
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+)
+
+// maxRequest is the longest request that the server takes, in bytes; StratoVirt's limit.
+const maxRequest = 8192
+
+// Refusal is an error answer of a Handler. Any other error is sent as a GenericError.
+type Refusal struct{ Class, Desc string }
+
+func (r *Refusal) Error() string { return r.Desc }
+
+// Handler runs one command. file is the descriptor that came with it, or nil; the handler owns it.
+// The result is encoded as the answer; nil stands for an empty object.
+type Handler func(args json.RawMessage, file *os.File) (any, error)
+
+// Server is a QMP server for one client at a time. It takes requests as StratoVirt does: what one
+// read returns must be exactly one JSON document with no unknown key, and ids must be strings.
+type Server struct {
+	// Silent makes the server accept connections and never greet.
+	Silent bool
+	// Commands are what it knows beside qmp_capabilities. Set them before Serve.
+	Commands map[string]Handler
+	// DieAfter makes OnDie be called instead of answering the n-th command after
+	// qmp_capabilities; 0 means never.
+	DieAfter int
+	OnDie    func()
+
+	mu       sync.Mutex
+	conn     *net.UnixConn
+	executed []string
+}
+
+type request struct {
+	Execute   string          `json:"execute"`
+	Arguments json.RawMessage `json:"arguments,omitempty"`
+	ID        *string         `json:"id"`
+}
+
+// Serve accepts clients, one after the other, until l is closed.
+func (s *Server) Serve(l *net.UnixListener) error {
+	for {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			return err
+		}
+		s.mu.Lock()
+		s.conn = conn
+		s.mu.Unlock()
+		s.serve(conn)
+		s.mu.Lock()
+		s.conn = nil
+		s.mu.Unlock()
+		conn.Close()
+	}
+}
+
+// Executed returns the commands that were understood, in their order.
+func (s *Server) Executed() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]string(nil), s.executed...)
+}
+
+// Emit sends an event to the client, if one is connected.
+func (s *Server) Emit(name string, data any) {
+	s.send(map[string]any{
+		"event": name, "data": data,
+		"timestamp": map[string]int64{"seconds": 1, "microseconds": 2},
+	})
+}
+
+// Raw sends bytes as they are.
+func (s *Server) Raw(b []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn != nil {
+		s.conn.Write(b)
+	}
+}
+
+func (s *Server) send(v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // a Handler returned what JSON cannot say
+	}
+	s.Raw(append(b, '\r', '\n'))
+}
+
+func (s *Server) serve(conn *net.UnixConn) {
+	if s.Silent {
+		io.Copy(io.Discard, conn)
+		return
+	}
+	s.send(map[string]any{"QMP": map[string]any{
+		"version": map[string]any{
+			"qemu":    map[string]int{"micro": 22, "minor": 2, "major": 7},
+			"package": "stand-in",
+		},
+		"capabilities": []string{"oob"},
+	}})
+	buf := make([]byte, maxRequest+1)
+	oob := make([]byte, syscall.CmsgSpace(4*8))
+	count := 0
+	for {
+		n, oobn, _, _, err := conn.ReadMsgUnix(buf, oob)
+		if err != nil || n == 0 {
+			return
+		}
+		file := receivedFile(oob[:oobn])
+		req, err := parseRequest(buf[:n])
+		if err != nil {
+			// Without the id, as StratoVirt.
+			s.send(refusal(nil, err))
+			if file != nil {
+				file.Close()
+			}
+			continue
+		}
+		if req.Execute != "qmp_capabilities" {
+			if count++; count == s.DieAfter {
+				s.OnDie()
+				return
+			}
+		}
+		s.answer(req, file)
+	}
+}
+
+func (s *Server) answer(req *request, file *os.File) {
+	s.mu.Lock()
+	s.executed = append(s.executed, req.Execute)
+	s.mu.Unlock()
+	var result any
+	var err error
+	if handler := s.Commands[req.Execute]; handler != nil {
+		result, err = handler(req.Arguments, file)
+	} else {
+		if file != nil {
+			file.Close()
+		}
+		if req.Execute != "qmp_capabilities" {
+			err = &Refusal{"CommandNotFound", fmt.Sprintf("The command %s has not been found", req.Execute)}
+		}
+	}
+	if err != nil {
+		s.send(refusal(req.ID, err))
+		return
+	}
+	if result == nil {
+		result = struct{}{}
+	}
+	reply := map[string]any{"return": result}
+	if req.ID != nil {
+		reply["id"] = *req.ID
+	}
+	s.send(reply)
+}
+
+func refusal(id *string, err error) map[string]any {
+	var r *Refusal
+	if !errors.As(err, &r) {
+		r = &Refusal{"GenericError", err.Error()}
+	}
+	reply := map[string]any{"error": map[string]string{"class": r.Class, "desc": r.Desc}}
+	if id != nil {
+		reply["id"] = *id
+	}
+	return reply
+}
+
+func parseRequest(b []byte) (*request, error) {
+	if len(b) > maxRequest {
+		return nil, errors.New("the request is too long")
+	}
+	var req request
+	if err := DecodeStrictly(b, &req); err != nil {
+		return nil, err
+	}
+	if req.Execute == "" {
+		return nil, errors.New("no command")
+	}
+	return &req, nil
+}
+
+// DecodeStrictly decodes exactly one JSON document with no unknown key into v.
+func DecodeStrictly(b []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return errors.New("more than one document")
+	}
+	return nil
+}
+
+// receivedFile returns the last descriptor in a control message, as StratoVirt keeps it.
+func receivedFile(oob []byte) (file *os.File) {
+	messages, err := syscall.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	for _, m := range messages {
+		fds, err := syscall.ParseUnixRights(&m)
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			if file != nil {
+				file.Close()
+			}
+			syscall.CloseOnExec(fd)
+			file = os.NewFile(uintptr(fd), "received")
+		}
+	}
+	return file
+}
