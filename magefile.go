@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 
+	"kuasar.io/kuasar/ci/bed"
 	"kuasar.io/kuasar/ci/build"
 	"kuasar.io/kuasar/ci/generate"
 	"kuasar.io/kuasar/ci/lint"
@@ -24,6 +25,15 @@ func Kernel(ctx context.Context) error { return tree.Kernel(ctx) }
 
 // Initrd makes the guest's agent and the initrd around it.
 func Initrd(ctx context.Context) error { return tree.Initrd(ctx) }
+
+// Demo runs the guide's pod in a virtual machine and shows it; KEEP=1 leaves it running.
+func Demo(ctx context.Context) error { return bed.Demo(ctx, tree) }
+
+// Test runs the unit tests and, on real virtual machines, the end-to-end tests.
+func Test(ctx context.Context) error { return bed.Test(ctx, tree) }
+
+// Bench measures time and memory and prints them beside what they must reach.
+func Bench(ctx context.Context) error { return bed.Bench(ctx, tree) }
 
 // Lint checks format, vet, staticcheck, known vulnerabilities and go.mod of every module.
 func Lint(ctx context.Context) error { return lint.Run(ctx, ".", os.Stdout) }
