@@ -53,7 +53,7 @@ func prepare(ctx context.Context, tree build.Tree) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("pods in virtual machines need root: for network namespaces, mounts and cgroups")
 	}
-	if err := host.Ensure(ctx, host.Agent, host.Kernel, host.Run); err != nil {
+	if err := host.Ensure(ctx, host.Agent, host.Kernel, host.Run, host.Image); err != nil {
 		return err
 	}
 	return tree.Everything(ctx)

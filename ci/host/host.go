@@ -25,6 +25,8 @@ const (
 	Agent Purpose = "build the guest's agent"
 	// Run is running pods in QEMU with a CNI network.
 	Run Purpose = "run virtual machines"
+	// Image is making the container image that pods run, without a registry.
+	Image Purpose = "make a container image"
 	// Race is running the unit tests with the race detector.
 	Race Purpose = "run the tests"
 )
@@ -71,8 +73,10 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"}, why: "shares a container's files with its guest", deb: []string{"virtiofsd"}, rpm: []string{"virtiofsd", "/usr/libexec/virtiofsd"}, optional: "files are shared by 9p instead"},
 		{files: []string{"ip"}, why: "shows and cleans the pods' networks", deb: []string{"iproute2"}, rpm: []string{"iproute"}},
 		{files: []string{"iptables"}, why: "the CNI bridge plugin masquerades with it", deb: []string{"iptables"}, rpm: []string{"iptables"}},
-		{files: []string{"/var/lib/dpkg/info/busybox-static.list", "/usr/sbin/busybox"}, why: "is the container image of the demo and the tests, linked statically", deb: []string{"busybox-static"}, rpm: []string{"busybox"}},
 		{files: []string{"modprobe"}, why: "loads the modules of bridge, veth, tun and vsock", deb: []string{"kmod"}, rpm: []string{"kmod"}},
+	},
+	Image: {
+		{files: []string{"/var/lib/dpkg/info/busybox-static.list", "/usr/sbin/busybox"}, why: "is the container image of the demo and the tests, linked statically", deb: []string{"busybox-static"}, rpm: []string{"busybox"}},
 	},
 	Race: {
 		{files: []string{"gcc"}, why: "the race detector is linked by the C compiler", deb: []string{"gcc"}, rpm: []string{"gcc"}},
