@@ -58,7 +58,6 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"xz"}, why: "unpacks the kernel source", deb: []string{"xz-utils"}, rpm: []string{"xz"}},
 		{files: []string{"lz4"}, why: "compresses the kernel image", deb: []string{"lz4"}, rpm: []string{"lz4"}},
 		{files: []string{"/usr/include/gelf.h"}, why: "objtool reads the kernel's objects with libelf", deb: []string{"libelf-dev"}, rpm: []string{"elfutils-libelf-devel"}},
-		{files: []string{"/usr/include/openssl/ssl.h"}, why: "sources of some distributions sign with OpenSSL", deb: []string{"libssl-dev"}, rpm: []string{"openssl-devel"}},
 		{files: []string{"/usr/src/linux-source-*.tar.*", "/usr/src/linux-*/init/main.c"}, why: "the kernel source", deb: []string{"linux-source-6.1", "linux-source"}, rpm: []string{"kernel-source"}},
 	},
 	Agent: {

@@ -138,7 +138,7 @@ func (b *build) key(ctx context.Context) (string, error) {
 		}
 		// The symbols and not the file: a better comment is no other kernel.
 		for _, s := range symbols {
-			k.Add(s.String(), s.since)
+			k.Add(s.String(), fmt.Sprint(s.since, s.ifKnown))
 		}
 	}
 	for _, tool := range []string{"gcc", "ld"} {
@@ -196,7 +196,11 @@ func (b *build) configure(ctx context.Context, top, version string) error {
 		}
 		parts = append(parts, part)
 	}
-	requested, err := merge(version, parts...)
+	known, err := defined(top)
+	if err != nil {
+		return err
+	}
+	requested, err := merge(version, known, parts...)
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,10 @@ type symbol struct {
 	name  string // without CONFIG_
 	value string // "" means "is not set"
 	since string // the first kernel version that knows the symbol, e.g. "5.18"; "" means any
-	where string // file:line, for errors
+	// ifKnown leaves the symbol out for a source that does not define it, whatever its version:
+	// distributions carry such symbols back to older series, each its own choice.
+	ifKnown bool
+	where   string // file:line, for errors
 }
 
 func (s symbol) String() string {
@@ -27,7 +30,7 @@ func (s symbol) String() string {
 }
 
 var (
-	setLine   = regexp.MustCompile(`^CONFIG_([A-Za-z0-9_]+)=("(?:[^"\\]|\\.)*"|[A-Za-z0-9_+-]+)(?:\s+#\s*since\s+([0-9]+\.[0-9]+))?$`)
+	setLine   = regexp.MustCompile(`^CONFIG_([A-Za-z0-9_]+)=("(?:[^"\\]|\\.)*"|[A-Za-z0-9_+-]+)(?:\s+#\s*(?:since\s+([0-9]+\.[0-9]+)|(if known)))?$`)
 	unsetLine = regexp.MustCompile(`^# CONFIG_([A-Za-z0-9_]+) is not set$`)
 )
 
@@ -43,7 +46,7 @@ func parse(name string, data []byte) ([]symbol, error) {
 			if m[2] == "n" {
 				return nil, fmt.Errorf("%s: write %q instead of %q", where, "# CONFIG_"+m[1]+" is not set", line)
 			}
-			symbols = append(symbols, symbol{name: m[1], value: m[2], since: m[3], where: where})
+			symbols = append(symbols, symbol{name: m[1], value: m[2], since: m[3], ifKnown: m[4] != "", where: where})
 			continue
 		}
 		if m := unsetLine.FindStringSubmatch(line); m != nil {
@@ -57,9 +60,10 @@ func parse(name string, data []byte) ([]symbol, error) {
 	return symbols, lines.Err()
 }
 
-// merge joins fragments for a source of the given version. A symbol that stands in two places is
-// an error, whatever its values: the reader of one file must be able to trust it.
-func merge(version string, fragments ...[]symbol) ([]symbol, error) {
+// merge joins fragments for a source of the given version that defines the symbols in known. A
+// symbol that stands in two places is an error, whatever its values: the reader of one file must
+// be able to trust it.
+func merge(version string, known map[string]bool, fragments ...[]symbol) ([]symbol, error) {
 	var merged []symbol
 	seen := map[string]symbol{}
 	for _, fragment := range fragments {
@@ -68,7 +72,7 @@ func merge(version string, fragments ...[]symbol) ([]symbol, error) {
 				return nil, fmt.Errorf("CONFIG_%s stands in %s and again in %s", s.name, before.where, s.where)
 			}
 			seen[s.name] = s
-			if s.since != "" && older(version, s.since) {
+			if s.since != "" && older(version, s.since) || s.ifKnown && !known[s.name] {
 				continue
 			}
 			merged = append(merged, s)

@@ -26,14 +26,16 @@ CONFIG_NR_CPUS=64
 
 CONFIG_LOCALVERSION="-pod #1"
 CONFIG_VMGENID=y # since 5.18
+CONFIG_RETPOLINE=y # if known
 # CONFIG_VT is not set
 `)
 	want := []symbol{
-		{"SMP", "y", "", "t.config:2"},
-		{"NR_CPUS", "64", "", "t.config:3"},
-		{"LOCALVERSION", `"-pod #1"`, "", "t.config:5"},
-		{"VMGENID", "y", "5.18", "t.config:6"},
-		{"VT", "", "", "t.config:7"},
+		{"SMP", "y", "", false, "t.config:2"},
+		{"NR_CPUS", "64", "", false, "t.config:3"},
+		{"LOCALVERSION", `"-pod #1"`, "", false, "t.config:5"},
+		{"VMGENID", "y", "5.18", false, "t.config:6"},
+		{"RETPOLINE", "y", "", true, "t.config:7"},
+		{"VT", "", "", false, "t.config:8"},
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -66,7 +68,7 @@ func TestMerge(t *testing.T) {
 		"5.10.0-182":    "CONFIG_SMP=y\n# CONFIG_VT is not set\n",
 		"4.19.90-2312.": "CONFIG_SMP=y\n# CONFIG_VT is not set\n",
 	} {
-		merged, err := merge(version, a, b)
+		merged, err := merge(version, nil, a, b)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -74,8 +76,37 @@ func TestMerge(t *testing.T) {
 			t.Errorf("%s: got\n%swant\n%s", version, got, want)
 		}
 	}
-	if _, err := merge("6.1", a, mustParse(t, "# CONFIG_SMP is not set\n")); err == nil || !strings.Contains(err.Error(), "CONFIG_SMP") {
+	if _, err := merge("6.1", nil, a, mustParse(t, "# CONFIG_SMP is not set\n")); err == nil || !strings.Contains(err.Error(), "CONFIG_SMP") {
 		t.Errorf("a symbol in two fragments: %v", err)
+	}
+}
+
+func TestMergeLeavesOutWhatTheSourceDoesNotDefine(t *testing.T) {
+	top := t.TempDir()
+	for name, text := range map[string]string{
+		"Kconfig":          "mainmenu \"Linux\"\n",
+		"arch/x86/Kconfig": "config RETPOLINE\n\tbool \"r\"\n\tdefault y\n\tselect SLS\n",
+		"mm/Kconfig.debug": "  menuconfig CPU_MITIGATIONS  \n",
+		"mm/README":        "config GONE\n",
+	} {
+		path := filepath.Join(top, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	known, err := defined(top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	merged, err := merge("6.1", known, mustParse(t, "CONFIG_RETPOLINE=y # if known\nCONFIG_CPU_MITIGATIONS=y # if known\nCONFIG_SLS=y # if known\nCONFIG_GONE=y # if known\nCONFIG_SMP=y\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := string(format(merged)), "CONFIG_RETPOLINE=y\nCONFIG_CPU_MITIGATIONS=y\nCONFIG_SMP=y\n"; got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
 	}
 }
 
@@ -128,7 +159,7 @@ func TestFragmentsHoldWhatTheGuestNeeds(t *testing.T) {
 			}
 			parts = append(parts, part)
 		}
-		merged, err := merge("6.1", parts...)
+		merged, err := merge("6.1", nil, parts...)
 		if err != nil {
 			t.Fatalf("%s: %v", arch, err)
 		}

@@ -3,6 +3,7 @@ package kernel
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -140,6 +141,33 @@ func sourceVersion(top string) (string, error) {
 		return "", fmt.Errorf("%s/Makefile does not say its version", top)
 	}
 	return number["VERSION"] + "." + number["PATCHLEVEL"], nil
+}
+
+var definition = regexp.MustCompile(`(?m)^[ \t]*(?:menu)?config[ \t]+([A-Za-z0-9_]+)[ \t]*$`)
+
+// defined returns the symbols that the Kconfig files of a tree define.
+func defined(top string) (map[string]bool, error) {
+	known := map[string]bool{}
+	err := filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if !d.Type().IsRegular() || !strings.HasPrefix(d.Name(), "Kconfig") {
+			return nil
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, m := range definition.FindAllStringSubmatch(string(data), -1) {
+			known[m[1]] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the kernel's Kconfig: %w", err)
+	}
+	return known, nil
 }
 
 // run runs a short command and puts the end of what it printed into its error.
