@@ -432,6 +432,10 @@ func (b *boot) awaitHello(ctx context.Context) error {
 		hello, err := link.Hello(ctx)
 		answered <- answer{hello, err}
 	}()
+	var served <-chan struct{}
+	if b.virtiofsd != nil {
+		served = b.virtiofsd.Exited()
+	}
 	var panicked <-chan string
 	if c, ok := b.machine.(console); ok {
 		panicked = c.Panicked()
@@ -439,12 +443,7 @@ func (b *boot) awaitHello(ctx context.Context) error {
 	select {
 	case a := <-answered:
 		if a.err != nil {
-			select {
-			case <-b.machine.Exited():
-				return exitError(b.machine)
-			default:
-			}
-			return fmt.Errorf("the agent did not call: %w", a.err)
+			return b.endedOr(fmt.Errorf("the agent did not call: %w", a.err))
 		}
 		if v := a.hello.GetProtocolVersion(); v != protocol.Version {
 			return fmt.Errorf("the agent (%s) speaks version %d of the protocol and this daemon version %d: "+
@@ -455,6 +454,8 @@ func (b *boot) awaitHello(ctx context.Context) error {
 		return nil
 	case <-b.machine.Exited():
 		return exitError(b.machine)
+	case <-served:
+		return errShareLost
 	case line := <-panicked:
 		// The lines after the first say where it happened; the machine ends soon after.
 		select {
@@ -491,14 +492,16 @@ func (b *boot) setUpGuest(ctx context.Context) error {
 	return nil
 }
 
-// endedOr prefers the end of the machine to what followed from it.
+// endedOr prefers what caused err, if that is known: the end of the machine, or of the connection.
 func (b *boot) endedOr(err error) error {
 	select {
 	case <-b.machine.Exited():
 		return exitError(b.machine)
-	case <-time.After(20 * time.Millisecond):
-		return err
+	case <-time.After(100 * time.Millisecond):
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return cmp.Or(b.broken, err)
 }
 
 func (b *boot) serveTasks(ctx context.Context) error {

@@ -129,7 +129,8 @@ func (w *world) runtime() Runtime {
 		NewShare: func(dir string) (Share, error) {
 			return &fakeShare{w, dir}, w.make("share", dir, nil)
 		},
-		OpenShare: func(dir string) (Share, error) { return &fakeShare{w, dir}, nil },
+		OpenShare:   func(dir string) (Share, error) { return &fakeShare{w, dir}, w.failure("open share") },
+		RemoveShare: func(dir string) error { return w.remove("share", dir) },
 		StartVirtiofsd: func(_ context.Context, c VirtiofsdConfig) (Virtiofsd, error) {
 			d := &fakeVirtiofsd{w, c.Dir, make(chan struct{})}
 			return d, w.make("virtiofsd", c.Dir, d)

@@ -15,8 +15,7 @@ import (
 	"kuasar.io/kuasar/sandboxer/guestlink"
 )
 
-// Guest is the agent of one pod. The library under it refuses frames beyond 4 MiB and then closes
-// the connection, which ends the pod.
+// Guest is the agent of one pod.
 type Guest struct {
 	link    guestlink.Link
 	client  *ttrpc.Client
@@ -32,8 +31,11 @@ func connectGuest(ctx context.Context, link guestlink.Link, lost func(error)) (*
 		return nil, fmt.Errorf("cannot connect to the agent's task port: %w", err)
 	}
 	g := &Guest{link: link}
-	g.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() {
-		if !g.closing.Load() {
+	guarded := &guard{Conn: conn}
+	g.client = ttrpc.NewClient(guarded, ttrpc.WithOnClose(func() {
+		if err := guarded.broken(); err != nil {
+			lost(err)
+		} else if !g.closing.Load() {
 			lost(errors.New("the connection for calls to the agent was lost"))
 		}
 	}))

@@ -254,6 +254,8 @@ func (p *Pod) settle(ctx context.Context, reason error) error {
 	}
 }
 
+var errShareLost = errors.New("the file system daemon of the pod's share ended")
+
 // watch ends the pod when its machine, its agent's link or its file system daemon ends.
 func (p *Pod) watch() {
 	p.mu.Lock()
@@ -273,7 +275,7 @@ func (p *Pod) watch() {
 	case <-link.Broken():
 		p.lost(machine, errors.New("the connection to the agent broke"))
 	case <-served:
-		p.lost(machine, errors.New("the file system daemon of the pod's share ended"))
+		p.lost(machine, errShareLost)
 	}
 }
 

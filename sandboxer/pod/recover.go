@@ -120,18 +120,7 @@ func (p *Pod) reclaim(ctx context.Context) error {
 			add(undoStep{name: StageNetwork, fn: func(context.Context) error { return n.Close() }})
 		}
 	}
-	if s, err := rt.OpenShare(p.dir); err != nil {
-		add(undoStep{name: StageShare, fn: func(context.Context) error {
-			s, err := rt.OpenShare(p.dir)
-			if err != nil {
-				return err
-			}
-			return s.Close()
-		}})
-	} else {
-		p.share = s
-		add(undoStep{name: StageShare, fn: func(context.Context) error { return s.Close() }})
-	}
+	add(undoStep{name: StageShare, fn: func(context.Context) error { return rt.RemoveShare(p.dir) }})
 	if saved := p.rec.Virtiofsd; saved != nil && rt.RestoreVirtiofsd != nil {
 		if d, err := rt.RestoreVirtiofsd(saved); err != nil {
 			p.log.Warn("the pod's file system daemon cannot be found again; it goes with its cgroup", "error", err)
@@ -194,6 +183,11 @@ func (p *Pod) adopt(ctx context.Context) error {
 		default:
 		}
 	}
+	share, err := p.m.opts.Runtime.OpenShare(p.dir)
+	if err != nil {
+		return err
+	}
+	p.share = share
 	ctx, cancel := context.WithTimeoutCause(ctx, adoptLimit, fmt.Errorf("the agent did not answer the new daemon within %v", adoptLimit))
 	defer cancel()
 	link, err := p.m.opts.Runtime.OpenLink(ctx, p.machine.Endpoint(), p.log)

@@ -99,6 +99,7 @@ func TestMachineEndedWithoutDaemon(t *testing.T) {
 	for name, happen := range map[string]func(w *world){
 		"machine":   func(w *world) { w.remove("hypervisor", "a") },
 		"virtiofsd": func(w *world) { w.virtiofsd().Stop() },
+		"share":     func(w *world) { w.fail["open share"] = errors.New("not mounted") },
 		"agent":     func(w *world) { w.fail["open link"] = errors.New("nobody answers") },
 	} {
 		t.Run(name, func(t *testing.T) {

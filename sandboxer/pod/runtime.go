@@ -26,17 +26,18 @@ type Runtime struct {
 	Attach         func(ctx context.Context, netns string) (Network, error)
 	RestoreNetwork func(saved json.RawMessage) (Network, error)
 
-	// NewShare makes the mount tree of a pod in its state directory; OpenShare takes over the one
-	// that another daemon made, in whatever condition it is, and works also when there is none.
-	NewShare  func(dir string) (Share, error)
-	OpenShare func(dir string) (Share, error)
+	// NewShare makes the mount tree of a pod in its state directory; OpenShare takes over a whole one
+	// that another daemon made; RemoveShare removes what there is of one, if anything.
+	NewShare    func(dir string) (Share, error)
+	OpenShare   func(dir string) (Share, error)
+	RemoveShare func(dir string) error
 	// StartVirtiofsd serves the share's directory on socket. Nil where no such daemon is installed:
 	// the hypervisor exports the directory itself as 9p.
 	StartVirtiofsd   func(ctx context.Context, c VirtiofsdConfig) (Virtiofsd, error)
 	RestoreVirtiofsd func(saved json.RawMessage) (Virtiofsd, error)
 
 	NewCgroup func(name string) (Cgroup, error)
-	// LoadCgroup finds the leaf that NewCgroup made for name; it works also when there is none.
+	// LoadCgroup finds the leaf that NewCgroup made for name; that there is none is no error.
 	LoadCgroup func(name string) (Cgroup, error)
 
 	// NewContainers makes the host's side of a pod's containers.
@@ -96,7 +97,8 @@ type ContainersConfig struct {
 	Address string
 	// Guest is the connection to the agent. For a pod whose machine ended while no daemon was there
 	// all its calls fail, and GuestGone follows at once.
-	Guest     *Guest
+	Guest *Guest
+	// Share is nil in that case.
 	Share     Share
 	SharedPID bool
 	// Records is what Journal was last called with, nil for a new pod.

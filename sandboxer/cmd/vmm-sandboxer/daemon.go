@@ -1,0 +1,180 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	sd "github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"kuasar.io/kuasar/guest/protocol/version"
+	"kuasar.io/kuasar/sandboxer/config"
+	"kuasar.io/kuasar/sandboxer/controller"
+	"kuasar.io/kuasar/sandboxer/metrics"
+	"kuasar.io/kuasar/sandboxer/pod"
+)
+
+// gcPercent trades processor time, of which the daemon uses next to none, for memory, of which
+// every node has as many idle pods' worth: the heap may outgrow what lives in it by half instead
+// of doubling. There is no hard limit: reaching one would cost all pods at once.
+const gcPercent = 50
+
+// serve runs the daemon until ctx ends. The pods live on.
+func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger) error {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
+	dir, err := prepareDir(s.dir)
+	if err != nil {
+		return err
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	// Before anything is touched: is another daemon serving there?
+	if err := checkSocket(s.listen); err != nil {
+		return err
+	}
+	bootID, err := pod.BootID()
+	if err != nil {
+		return err
+	}
+	rt, err := newRuntime(cfg, log)
+	if err != nil {
+		return err
+	}
+	h := cfg.Hypervisor
+	manager := pod.NewManager(pod.Options{
+		Dir: dir, BootID: bootID, Runtime: rt,
+		Kernel: h.KernelPath, Initrd: h.InitrdPath, Image: h.ImagePath, KernelParams: h.KernelParams,
+		Size:           pod.Size{VCPUs: h.VCPUs, MemoryMiB: h.MemoryInMB},
+		MemoryPrealloc: h.EnableMemPrealloc, Debug: h.Debug,
+		Metrics: new(metrics.Registry), Log: log,
+	})
+	began := time.Now()
+	// A signal must not cut this short: what is not adopted is stopped.
+	if err := manager.Recover(context.WithoutCancel(ctx)); err != nil {
+		return err
+	}
+
+	l, err := listen(s.listen)
+	if err != nil {
+		return err
+	}
+	server := controller.NewServer(controller.New(manager, log))
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	go manager.Run(ctx)
+	log.Info("ready", "version", version.String(), "hypervisor", rt.Driver.Name(), "dir", dir, "listen", s.listen,
+		"recovery", time.Since(began).Round(time.Millisecond))
+	// Only systemd's own failure to listen is reported; without systemd there is nobody to tell.
+	if _, err := sd.SdNotify(false, sd.SdNotifyReady); err != nil {
+		log.Warn("cannot tell systemd that the daemon is ready", "error", err)
+	}
+
+	select {
+	case <-ctx.Done():
+		log.Info("stopping; the pods live on")
+		err = nil
+	case err = <-served:
+		err = fmt.Errorf("cannot serve on %s any more: %w", s.listen, err)
+	}
+	_, _ = sd.SdNotify(false, sd.SdNotifyStopping)
+	// First the connections, so that no call gets an answer that would end a pod at the client.
+	server.Close()
+	manager.Close()
+	_ = os.Remove(s.listen)
+	return err
+}
+
+// prepareDir makes the base directory and returns its path without symbolic links, as the kernel
+// will name the mounts below it.
+func prepareDir(dir string) (string, error) {
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("--dir %s: the path must be absolute", dir)
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return "", fmt.Errorf("--dir: cannot make the directory: %w", err)
+	}
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return "", fmt.Errorf("--dir: %w", err)
+	}
+	if err := pod.CheckDir(real); err != nil {
+		return "", fmt.Errorf("--dir: %w", err)
+	}
+	return real, nil
+}
+
+// lockDir makes this daemon the only one of the directory. The lock ends with the process; the name
+// of its file cannot be a pod's.
+func lockDir(dir string) (*os.File, error) {
+	path := filepath.Join(dir, ".lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("--dir: cannot take the lock: %w", err)
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		f.Close()
+		return nil, fmt.Errorf("--dir %s: another vmm-sandboxer uses this directory (it holds the lock on %s)", dir, path)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("--dir: cannot lock %s: %w", path, err)
+	}
+	return f, nil
+}
+
+// checkSocket fails if somebody serves on path, or if what is there is no socket.
+func checkSocket(path string) error {
+	if len(path) > 107 {
+		return fmt.Errorf("--listen: the path has %d bytes, and the kernel takes 107", len(path))
+	}
+	info, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	if info.Mode()&os.ModeSocket == 0 {
+		return fmt.Errorf("--listen %s: there is something that is no socket", path)
+	}
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	if err == nil {
+		conn.Close()
+		return fmt.Errorf("--listen %s: somebody is serving there already", path)
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return fmt.Errorf("--listen %s: cannot tell whether somebody is serving there: %w", path, err)
+	}
+	return nil
+}
+
+// listen replaces a stale socket by one of its own, for root only.
+func listen(path string) (net.Listener, error) {
+	if err := checkSocket(path); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("--listen: cannot remove the stale socket: %w", err)
+	}
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	return l, nil
+}

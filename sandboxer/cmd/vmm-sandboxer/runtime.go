@@ -1,0 +1,205 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os/exec"
+	"strings"
+	"time"
+
+	"kuasar.io/kuasar/sandboxer/cgroup"
+	"kuasar.io/kuasar/sandboxer/config"
+	"kuasar.io/kuasar/sandboxer/container"
+	"kuasar.io/kuasar/sandboxer/guestlink"
+	"kuasar.io/kuasar/sandboxer/network"
+	"kuasar.io/kuasar/sandboxer/pod"
+	"kuasar.io/kuasar/sandboxer/storage"
+	"kuasar.io/kuasar/sandboxer/task"
+	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/qemu"
+)
+
+// cgroupParent holds the leaves of the pods' processes; empty is package cgroup's own choice.
+const cgroupParent = ""
+
+// newRuntime joins the parts that pods are made of.
+func newRuntime(cfg *config.Config, log *slog.Logger) (pod.Runtime, error) {
+	driver, err := newDriver(cfg, log)
+	if err != nil {
+		return pod.Runtime{}, err
+	}
+	rt := pod.Runtime{
+		Driver:   driver,
+		OpenLink: guestlink.Open,
+
+		Attach: func(ctx context.Context, netns string) (pod.Network, error) {
+			a, err := network.Attach(ctx, netns)
+			if err != nil {
+				return nil, err
+			}
+			return attachment{a}, nil
+		},
+		RestoreNetwork: func(saved json.RawMessage) (pod.Network, error) {
+			var s network.Saved
+			if err := json.Unmarshal(saved, &s); err != nil {
+				return nil, err
+			}
+			return attachment{network.Restore(s)}, nil
+		},
+
+		NewShare:    func(dir string) (pod.Share, error) { return orNil[pod.Share](storage.NewShare(dir)) },
+		OpenShare:   func(dir string) (pod.Share, error) { return orNil[pod.Share](storage.OpenShare(dir)) },
+		RemoveShare: storage.RemoveShare,
+
+		NewCgroup:  func(name string) (pod.Cgroup, error) { return orNil[pod.Cgroup](cgroup.New(cgroupParent, name)) },
+		LoadCgroup: func(name string) (pod.Cgroup, error) { return orNil[pod.Cgroup](cgroup.Load(cgroupParent, name)) },
+
+		NewContainers: newContainers,
+	}
+	path, kind, err := storage.FindVirtiofsd(cfg.Hypervisor.Virtiofsd.Path)
+	switch {
+	case err != nil:
+		return pod.Runtime{}, err
+	case path == "":
+		log.Warn("no virtiofs daemon is installed: pods get their files by 9p, which is slower; install the package virtiofsd")
+	default:
+		log.Info("virtiofs daemon found", "path", path, "kind", kind)
+		rt.StartVirtiofsd = func(ctx context.Context, c pod.VirtiofsdConfig) (pod.Virtiofsd, error) {
+			d, err := storage.StartVirtiofsd(ctx, storage.Virtiofsd{
+				Path: path, Kind: kind, Share: c.Dir, Socket: c.Socket, CgroupProcs: c.CgroupProcs, Log: c.Log,
+			})
+			if err != nil {
+				return nil, err
+			}
+			return virtiofsd{d}, nil
+		}
+	}
+	rt.RestoreVirtiofsd = func(saved json.RawMessage) (pod.Virtiofsd, error) {
+		var s storage.SavedDaemon
+		if err := json.Unmarshal(saved, &s); err != nil {
+			return nil, err
+		}
+		d, err := storage.RestoreVirtiofsd(s)
+		if err != nil {
+			return nil, err
+		}
+		return virtiofsd{d}, nil
+	}
+	return rt, nil
+}
+
+// newDriver chooses the driver by what the hypervisor's binary says of itself. Another hypervisor
+// is another case here.
+func newDriver(cfg *config.Config, log *slog.Logger) (vm.Driver, error) {
+	h := cfg.Hypervisor
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, h.Path, "--version").CombinedOutput()
+	first, _, _ := strings.Cut(string(bytes.TrimSpace(out)), "\n")
+	switch lower := strings.ToLower(first); {
+	case strings.Contains(lower, "stratovirt"):
+		return nil, fmt.Errorf("hypervisor.path = %q is StratoVirt (%s), and this build of vmm-sandboxer drives QEMU only: "+
+			"name a QEMU there, such as /usr/bin/qemu-system-x86_64", h.Path, first)
+	case strings.Contains(lower, "qemu"):
+		return qemu.New(qemu.Config{
+			Path: h.Path, MachineType: h.MachineType, Accelerator: h.Accelerator, Debug: h.Debug, Log: log,
+		})
+	case err != nil:
+		return nil, fmt.Errorf("hypervisor.path = %q: cannot ask it for its version: %w (it said %.200q)", h.Path, err, first)
+	default:
+		return nil, fmt.Errorf("hypervisor.path = %q says of itself %.200q; QEMU is expected", h.Path, first)
+	}
+}
+
+// orNil keeps a nil pointer from becoming an interface that is not nil.
+func orNil[I any, T any](v T, err error) (I, error) {
+	if err != nil {
+		var none I
+		return none, err
+	}
+	return any(v).(I), nil
+}
+
+// attachment is *network.Attachment as pods see it.
+type attachment struct{ *network.Attachment }
+
+func (a attachment) Saved() (json.RawMessage, error) { return json.Marshal(a.Attachment.Saved()) }
+
+// virtiofsd is *storage.Daemon as pods see it.
+type virtiofsd struct{ *storage.Daemon }
+
+func (d virtiofsd) Saved() (json.RawMessage, error) { return json.Marshal(d.Daemon.Saved()) }
+
+// containers joins the set of a pod's containers with the server of its task socket.
+type containers struct {
+	*container.Set
+	server *task.Server
+	log    *slog.Logger
+}
+
+var _ container.Guest = (*pod.Guest)(nil)
+
+func newContainers(c pod.ContainersConfig) (pod.Containers, error) {
+	var share container.Storage = noStorage{}
+	if s, ok := c.Share.(*storage.Share); ok {
+		share = s
+	}
+	set := container.NewSet(container.Options{
+		PodID: c.PodID, Guest: c.Guest, Storage: share, SharedPID: c.SharedPID,
+		Journal: func(records []container.Record) {
+			b, err := json.Marshal(records)
+			if err != nil {
+				c.Log.Error("cannot encode the containers' records", "error", err)
+				return
+			}
+			c.Journal(b)
+		},
+		Fail: c.Fail, Log: c.Log,
+	})
+	if c.Records != nil {
+		var records []container.Record
+		if err := json.Unmarshal(c.Records, &records); err != nil {
+			set.Close()
+			return nil, fmt.Errorf("cannot decode the containers' records: %w", err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), restoreLimit)
+		defer cancel()
+		if err := set.Restore(ctx, records); err != nil {
+			set.Close()
+			return nil, fmt.Errorf("cannot restore the containers: %w", err)
+		}
+	}
+	return &containers{Set: set, server: task.NewServer(set, c.Address, c.Log), log: c.Log}, nil
+}
+
+// restoreLimit bounds how long a guest may take to tell a new daemon about its containers.
+const restoreLimit = 15 * time.Second
+
+func (c *containers) Serve(l net.Listener) error { return c.server.Serve(l) }
+
+// Close drops the clients before it lets go of the containers, so that no call is answered as if a
+// container had ended.
+func (c *containers) Close() error {
+	err := c.server.Close()
+	c.Set.Close()
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// noStorage is the storage of a pod whose machine, and with it its share, is gone.
+type noStorage struct{}
+
+var errNoShare = errors.New("the pod's share is gone")
+
+func (noStorage) Rootfs(context.Context, string, []storage.Mount) (string, error) {
+	return "", errNoShare
+}
+func (noStorage) Volume(context.Context, string, string, bool) (string, error) { return "", errNoShare }
+func (noStorage) Release(string) error                                         { return nil }
