@@ -72,7 +72,7 @@ func inNetworkNamespace(t *testing.T) {
 		t.Skipf("cannot make a network namespace: %v", err)
 	}
 	old := isDevice
-	isDevice = func(l netlink.Link) bool { return l.Type() == "dummy" }
+	isDevice = func(l netlink.Link) bool { return l.Type() == "veth" }
 	t.Cleanup(func() { isDevice = old })
 	if err := Loopback(); err != nil {
 		t.Fatal(err)
@@ -84,8 +84,16 @@ func addLink(t *testing.T, name, mac string) {
 	a := netlink.NewLinkAttrs()
 	a.Name = name
 	a.HardwareAddr, _ = net.ParseMAC(mac)
-	if err := netlink.LinkAdd(&netlink.Dummy{LinkAttrs: a}); err != nil {
-		t.Skipf("cannot make a dummy interface: %v", err)
+	peer := &netlink.Veth{LinkAttrs: a, PeerName: "peer-" + name}
+	if err := netlink.LinkAdd(peer); err != nil {
+		t.Skipf("cannot make a pair of interfaces: %v", err)
+	}
+	l, err := netlink.LinkByName("peer-" + name)
+	if err == nil {
+		err = netlink.LinkSetUp(l)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
