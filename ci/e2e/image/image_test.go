@@ -1,0 +1,71 @@
+package image
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+)
+
+func TestLayerIsReproducibleAndComplete(t *testing.T) {
+	first, diffID, err := layer([]byte("a program"), []string{"busybox", "ls", "sh"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, _, err := layer([]byte("a program"), []string{"busybox", "ls", "sh"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(first, second) {
+		t.Error("the same input gives different layers")
+	}
+	unzipped, err := gzip.NewReader(bytes.NewReader(first))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := io.ReadAll(unzipped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := digest.FromBytes(plain); got != diffID {
+		t.Errorf("the layer's diff id is %s, said to be %s", got, diffID)
+	}
+	links := map[string]string{}
+	for archive := tar.NewReader(bytes.NewReader(plain)); ; {
+		header, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		links[header.Name] = header.Linkname
+	}
+	for _, name := range []string{"bin/ls", "bin/sh"} {
+		if links[name] != "bin/busybox" {
+			t.Errorf("%s is no link to busybox: %q", name, links[name])
+		}
+	}
+	for _, name := range []string{"bin/busybox", "etc/passwd", "tmp/"} {
+		if _, there := links[name]; !there {
+			t.Errorf("%s is missing", name)
+		}
+	}
+}
+
+func TestStaticBinaryRefusesOthers(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "busybox")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := staticBinary(script); err == nil || !strings.Contains(err.Error(), "ELF") {
+		t.Errorf("a script is accepted: %v", err)
+	}
+}
