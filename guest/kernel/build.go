@@ -148,8 +148,10 @@ func (b *build) key(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("cannot ask %s for its version: %w", b.cross+tool, err)
 		}
+		// "gcc (Debian 12.2.0-14) 12.2.0": without the name by which it was called.
 		first, _, _ := strings.Cut(string(out), "\n")
-		k.Add(tool, first)
+		_, version, _ := strings.Cut(first, " ")
+		k.Add(tool, version)
 	}
 	b.source.identify(k)
 	return k.Sum()

@@ -256,7 +256,7 @@ func TestKeyTellsSourcesAndTargetsApart(t *testing.T) {
 	dir := t.TempDir()
 	// Stand-ins for the compiler and the linker, whose versions are part of the key.
 	tool := func(name, version string) {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\necho "+version+"\n"), 0o755); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\necho "+name+" "+version+"\n"), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
