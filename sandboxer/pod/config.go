@@ -117,6 +117,9 @@ func sharedPID(c *cri.PodSandboxConfig) bool {
 	return c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == cri.NamespaceMode_POD
 }
 
+// maxVCPUs is what the guest's kernel is built for.
+const maxVCPUs = 64
+
 // Size is how big the pods' machines are.
 type Size struct {
 	VCPUs     int
@@ -143,7 +146,7 @@ func machineSize(base Size, c *cri.PodSandboxConfig) Size {
 	}
 	if quota, period := r.GetCpuQuota(), r.GetCpuPeriod(); quota > 0 && period > 0 {
 		cpus := (quota-1)/period + 1
-		size.VCPUs = max(base.VCPUs, int(min(cpus, int64(runtime.NumCPU()))))
+		size.VCPUs = max(base.VCPUs, int(min(cpus, int64(runtime.NumCPU()), maxVCPUs)))
 	}
 	return size
 }

@@ -48,7 +48,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 	if err != nil {
 		return err
 	}
-	rt, err := newRuntime(cfg, log)
+	rt, err := newRuntime(cfg, dir, log)
 	if err != nil {
 		return err
 	}

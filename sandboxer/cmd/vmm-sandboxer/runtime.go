@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -28,8 +29,8 @@ import (
 const cgroupParent = ""
 
 // newRuntime joins the parts that pods are made of.
-func newRuntime(cfg *config.Config, log *slog.Logger) (pod.Runtime, error) {
-	driver, err := newDriver(cfg, log)
+func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, error) {
+	driver, err := newDriver(cfg, dir, log)
 	if err != nil {
 		return pod.Runtime{}, err
 	}
@@ -95,7 +96,7 @@ func newRuntime(cfg *config.Config, log *slog.Logger) (pod.Runtime, error) {
 
 // newDriver chooses the driver by what the hypervisor's binary says of itself. Another hypervisor
 // is another case here.
-func newDriver(cfg *config.Config, log *slog.Logger) (vm.Driver, error) {
+func newDriver(cfg *config.Config, dir string, log *slog.Logger) (vm.Driver, error) {
 	h := cfg.Hypervisor
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -106,8 +107,13 @@ func newDriver(cfg *config.Config, log *slog.Logger) (vm.Driver, error) {
 		return nil, fmt.Errorf("hypervisor.path = %q is StratoVirt (%s), and this build of vmm-sandboxer drives QEMU only: "+
 			"name a QEMU there, such as /usr/bin/qemu-system-x86_64", h.Path, first)
 	case strings.Contains(lower, "qemu"):
+		machine, options, _ := strings.Cut(h.MachineType, ",")
+		if options != "" && options != "mem-share=on" {
+			log.Warn("QEMU gets no options of the machine", "key", "hypervisor.machine_type", "ignored", options)
+		}
 		return qemu.New(qemu.Config{
-			Path: h.Path, MachineType: h.MachineType, Accelerator: h.Accelerator, Debug: h.Debug, Log: log,
+			Path: h.Path, MachineType: machine, Accelerator: h.Accelerator,
+			Kernel: h.KernelPath, ProbeCache: filepath.Join(dir, ".kvm"), Debug: h.Debug, Log: log,
 		})
 	case err != nil:
 		return nil, fmt.Errorf("hypervisor.path = %q: cannot ask it for its version: %w (it said %.200q)", h.Path, err, first)
