@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 
 	cgroup1 "github.com/containerd/cgroups/v3/cgroup1/stats"
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
@@ -24,7 +25,9 @@ func (g *Group) Metrics() (proto.Message, error) {
 	if _, err := os.Stat(g.dir(g.host.roots()[0])); err != nil {
 		return nil, fmt.Errorf("cannot read the metrics of the cgroup %s: %w", g.path, err)
 	}
-	r := &reader{}
+	r := readers.Get().(*reader)
+	defer readers.Put(r)
+	r.err = nil
 	var m proto.Message
 	if g.host.v2 != "" {
 		m = g.metrics2(r)
@@ -180,6 +183,9 @@ type reader struct {
 	buf [8192]byte
 	err error
 }
+
+// readers are shared by all pods, each of which is read once a second.
+var readers = sync.Pool{New: func() any { return &reader{} }}
 
 // text is valid until the next call. It is read with bare system calls: the runtime's poller has
 // no use for these files.
