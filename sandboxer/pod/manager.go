@@ -333,10 +333,17 @@ func (m *Manager) sweep(ctx context.Context, now time.Time) {
 }
 
 // Close lets go of all pods, which live on, because the daemon ends: their task sockets are closed
-// and what the containers' streams have consumed is journalled. No method may be called afterwards.
+// and what the containers' streams have consumed is journalled. Boots that are under way are given
+// up. No method may be called afterwards.
 func (m *Manager) Close() {
 	var wg sync.WaitGroup
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
 	for _, p := range m.all() {
+		wg.Go(func() {
+			// What is not undone in time the next daemon finds.
+			_ = p.settle(ctx, errors.New("the daemon is stopping"))
+		})
 		p.mu.Lock()
 		containers := p.containers
 		p.mu.Unlock()

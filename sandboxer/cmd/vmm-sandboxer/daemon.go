@@ -52,13 +52,14 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 	if err != nil {
 		return err
 	}
+	registry := new(metrics.Registry)
 	h := cfg.Hypervisor
 	manager := pod.NewManager(pod.Options{
 		Dir: dir, BootID: bootID, Runtime: rt,
 		Kernel: h.KernelPath, Initrd: h.InitrdPath, Image: h.ImagePath, KernelParams: h.KernelParams,
 		Size:           pod.Size{VCPUs: h.VCPUs, MemoryMiB: h.MemoryInMB},
 		MemoryPrealloc: h.EnableMemPrealloc, Debug: h.Debug,
-		Metrics: new(metrics.Registry), Log: log,
+		Metrics: registry, Log: log,
 	})
 	began := time.Now()
 	// A signal must not cut this short: what is not adopted is stopped.
@@ -66,6 +67,12 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 		return err
 	}
 
+	counters, err := listen(filepath.Join(dir, metricsSocket))
+	if err != nil {
+		return err
+	}
+	defer counters.Close()
+	go serveMetrics(counters, registry)
 	l, err := listen(s.listen)
 	if err != nil {
 		return err
@@ -94,6 +101,22 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 	manager.Close()
 	_ = os.Remove(s.listen)
 	return err
+}
+
+// metricsSocket, in the base directory, yields the daemon's counters in Prometheus' text format to
+// whoever connects. Its name cannot be a pod's.
+const metricsSocket = ".metrics.sock"
+
+func serveMetrics(l net.Listener, registry *metrics.Registry) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_, _ = registry.WriteTo(conn)
+		conn.Close()
+	}
 }
 
 // prepareDir makes the base directory and returns its path without symbolic links, as the kernel
@@ -138,25 +161,25 @@ func lockDir(dir string) (*os.File, error) {
 // checkSocket fails if somebody serves on path, or if what is there is no socket.
 func checkSocket(path string) error {
 	if len(path) > 107 {
-		return fmt.Errorf("--listen: the path has %d bytes, and the kernel takes 107", len(path))
+		return fmt.Errorf("cannot listen on %s: the path has %d bytes, and the kernel takes 107", path, len(path))
 	}
 	info, err := os.Lstat(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("--listen: %w", err)
+		return fmt.Errorf("cannot listen on %s: %w", path, err)
 	}
 	if info.Mode()&os.ModeSocket == 0 {
-		return fmt.Errorf("--listen %s: there is something that is no socket", path)
+		return fmt.Errorf("cannot listen on %s: there is something that is no socket", path)
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	if err == nil {
 		conn.Close()
-		return fmt.Errorf("--listen %s: somebody is serving there already", path)
+		return fmt.Errorf("cannot listen on %s: somebody is serving there already", path)
 	}
 	if !errors.Is(err, unix.ECONNREFUSED) {
-		return fmt.Errorf("--listen %s: cannot tell whether somebody is serving there: %w", path, err)
+		return fmt.Errorf("cannot listen on %s: cannot tell whether somebody is serving there: %w", path, err)
 	}
 	return nil
 }
@@ -167,13 +190,13 @@ func listen(path string) (net.Listener, error) {
 		return nil, err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("--listen: cannot remove the stale socket: %w", err)
+		return nil, fmt.Errorf("cannot listen on %s: cannot remove the stale socket: %w", path, err)
 	}
 	old := unix.Umask(0o177)
 	l, err := net.Listen("unix", path)
 	unix.Umask(old)
 	if err != nil {
-		return nil, fmt.Errorf("--listen: %w", err)
+		return nil, fmt.Errorf("cannot listen on %s: %w", path, err)
 	}
 	l.(*net.UnixListener).SetUnlinkOnClose(false)
 	return l, nil

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os/exec"
@@ -58,7 +59,7 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 		RemoveShare: storage.RemoveShare,
 
 		NewCgroup:  func(name string) (pod.Cgroup, error) { return orNil[pod.Cgroup](cgroup.New(cgroupParent, name)) },
-		LoadCgroup: func(name string) (pod.Cgroup, error) { return orNil[pod.Cgroup](cgroup.Load(cgroupParent, name)) },
+		LoadCgroup: loadCgroup,
 
 		NewContainers: newContainers,
 	}
@@ -92,6 +93,16 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 		return virtiofsd{d}, nil
 	}
 	return rt, nil
+}
+
+// loadCgroup finds a pod's leaf. One that is missing may be there in part, because the daemon was
+// killed while it made or removed it, so it is made whole: Delete then finds all of it.
+func loadCgroup(name string) (pod.Cgroup, error) {
+	g, err := cgroup.Load(cgroupParent, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		g, err = cgroup.New(cgroupParent, name)
+	}
+	return orNil[pod.Cgroup](g, err)
 }
 
 // newDriver chooses the driver by what the hypervisor's binary says of itself. Another hypervisor
