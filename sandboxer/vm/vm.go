@@ -124,12 +124,15 @@ type Disk struct {
 	ReadOnly bool
 }
 
-// Endpoint says how the guest is reached: exactly one of the fields is set.
+// Endpoint says how the guest is reached: exactly one of SerialSocket and VsockCID is set.
 type Endpoint struct {
 	// SerialSocket is the Unix socket of the virtio-serial port that carries the multiplex.
 	SerialSocket string
 	// VsockCID is the guest's context id.
 	VsockCID uint32
+	// Restored says that an earlier daemon may have talked to this guest, so that the serial
+	// multiplex may have to cut off what is left of that.
+	Restored bool
 }
 
 // Exit says how the hypervisor ended.

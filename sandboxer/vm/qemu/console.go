@@ -1,0 +1,168 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// logLimit bounds the console's log in bytes; the guest decides how much it prints.
+	logLimit = 1 << 20
+	// tailSize is how much of the last output is kept in memory, in bytes.
+	tailSize = 2 << 10
+	// consoleRate is how much output is taken per consolePeriod, in bytes. A guest that prints
+	// more is slowed down by its own serial line.
+	consoleRate   = 256 << 10
+	consolePeriod = 100 * time.Millisecond
+
+	panicMark = "Kernel panic"
+)
+
+// consoleBuffers are lent to consoles that have something to read: most are silent.
+var consoleBuffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
+
+// console drains the guest's serial line into the pod's log. It is the only reader of the socket.
+type console struct {
+	conn *net.UnixConn
+	file *os.File // nil if it cannot be written any more
+	size int64
+	log  *slog.Logger
+	done chan struct{}
+
+	mu   sync.Mutex
+	tail []byte
+}
+
+// openConsole connects to the socket and appends to the log at path. A log that cannot be opened is
+// not fatal: the output is drained and its end is kept in memory all the same.
+func openConsole(ctx context.Context, socket, path string, log *slog.Logger) (*console, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, fmt.Errorf("cannot connect to the guest's console: %w", err)
+	}
+	c := &console{conn: conn.(*net.UnixConn), log: log, done: make(chan struct{})}
+	c.file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		log.Warn("the guest's console is not logged", "error", err)
+		c.file = nil
+	} else if fi, err := c.file.Stat(); err == nil {
+		c.size = fi.Size()
+	}
+	go c.drain()
+	return c, nil
+}
+
+func (c *console) drain() {
+	defer close(c.done)
+	raw, err := c.conn.SyscallConn()
+	if err != nil {
+		return
+	}
+	begin, taken := time.Now(), 0
+	for {
+		var buf *[4 << 10]byte
+		var n int
+		err := raw.Read(func(fd uintptr) bool {
+			buf = consoleBuffers.Get().(*[4 << 10]byte)
+			var again bool
+			n, again = readNow(int(fd), buf[:])
+			if again {
+				consoleBuffers.Put(buf)
+			}
+			return !again
+		})
+		if err != nil || n <= 0 {
+			break
+		}
+		c.write(buf[:n])
+		consoleBuffers.Put(buf)
+		if since := time.Since(begin); since >= consolePeriod {
+			begin, taken = time.Now(), 0
+		} else if taken += n; taken >= consoleRate {
+			time.Sleep(consolePeriod - since)
+		}
+	}
+	c.conn.Close()
+	if c.file != nil {
+		c.file.Close()
+	}
+}
+
+func (c *console) write(p []byte) {
+	c.mu.Lock()
+	c.tail = append(c.tail, p...)
+	if extra := len(c.tail) - tailSize; extra > 0 {
+		c.tail = append(c.tail[:0], c.tail[extra:]...)
+	}
+	c.mu.Unlock()
+	if c.file == nil {
+		return
+	}
+	if c.size+int64(len(p)) > logLimit {
+		c.shorten()
+	}
+	n, err := c.file.Write(p)
+	c.size += int64(n)
+	if err != nil {
+		c.log.Warn("the guest's console is not logged any more", "error", err)
+		c.file.Close()
+		c.file = nil
+	}
+}
+
+// shorten keeps the second half of the log. The file stays the same one, for whoever follows it.
+func (c *console) shorten() {
+	half := make([]byte, logLimit/2)
+	n, err := c.file.ReadAt(half, max(0, c.size-int64(len(half))))
+	if n == 0 {
+		c.log.Warn("cannot shorten the log of the guest's console", "error", err)
+	}
+	if err := c.file.Truncate(0); err != nil {
+		return
+	}
+	kept := half[:n]
+	if i := bytes.IndexByte(kept, '\n'); i >= 0 {
+		kept = kept[i+1:]
+	}
+	n, _ = c.file.Write(append([]byte("[earlier output was dropped]\n"), kept...))
+	c.size = int64(n)
+}
+
+// lines returns the last lines of the output, at most limit.
+func (c *console) lines(limit int) []string {
+	c.mu.Lock()
+	tail := string(c.tail)
+	c.mu.Unlock()
+	return lastLines(tail, limit)
+}
+
+// panicLine returns the guest kernel's last words, or "".
+func (c *console) panicLine() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := bytes.LastIndex(c.tail, []byte(panicMark))
+	if i < 0 {
+		return ""
+	}
+	line, _, _ := bytes.Cut(c.tail[i:], []byte("\n"))
+	return printable(bytes.TrimSpace(line), 200)
+}
+
+// lastLines cleans output for people: no control characters, no empty lines, no overlong ones.
+func lastLines(output string, limit int) []string {
+	var lines []string
+	for line := range strings.Lines(output) {
+		if line = strings.TrimSpace(printable([]byte(line), 200)); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	return lines[max(0, len(lines)-limit):]
+}

@@ -1,0 +1,222 @@
+// Package qemu runs virtual machines on QEMU: with KVM where it truly runs a guest, else on QEMU's
+// own emulation (TCG). It implements the contract of package vm.
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"kuasar.io/kuasar/sandboxer/vm"
+)
+
+// Config is what a Driver needs to know of the host.
+type Config struct {
+	// Path of the QEMU program, such as /usr/bin/qemu-system-x86_64. Empty means the usual one of
+	// this host's architecture, searched in PATH.
+	Path string
+	// MachineType is q35 or virt; empty means the usual one of the architecture.
+	MachineType string
+	// Accelerator is kvm, tcg, or auto (also when empty): KVM if it runs the kernel, else TCG.
+	Accelerator string
+	// Kernel is booted once to find out whether KVM works. Without it, auto means TCG.
+	Kernel string
+	// ProbeCache is the file in which the outcome of that is kept until the host boots again or
+	// QEMU or the kernel changes. Empty means it is not kept.
+	ProbeCache string
+	// Debug lets the guest kernel talk: without it, the kernel is started with "quiet".
+	Debug bool
+	Log   *slog.Logger
+}
+
+// Driver makes QEMU machines.
+type Driver struct {
+	path        string
+	version     string
+	machineType string
+	kvm         bool
+	tscKHz      int // of the host; 0 means unknown
+	debug       bool
+	log         *slog.Logger
+}
+
+// Defaults of the architecture.
+var (
+	program    = map[string]string{"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}[runtime.GOARCH]
+	machine    = map[string]string{"amd64": "q35", "arm64": "virt"}[runtime.GOARCH]
+	versionRE  = regexp.MustCompile(`^QEMU emulator version (\d+)\.(\d+)(\S*)`)
+	minVersion = 6 // the first with everything that the command line needs is 6.0
+)
+
+const versionTimeout = 10 * time.Second
+
+// New finds out what the program at cfg.Path is and whether KVM works, which may take three seconds
+// the first time. Its errors say what to install or to change.
+func New(cfg Config) (*Driver, error) {
+	d := &Driver{path: cfg.Path, machineType: cfg.MachineType, debug: cfg.Debug, log: cfg.Log}
+	if d.log == nil {
+		d.log = slog.Default()
+	}
+	if d.path == "" {
+		if program == "" {
+			return nil, fmt.Errorf("no QEMU is known for the architecture %s", runtime.GOARCH)
+		}
+		path, err := exec.LookPath(program)
+		if err != nil {
+			return nil, fmt.Errorf("cannot find QEMU: %w; install the package that has %s, or set hypervisor.path", err, program)
+		}
+		d.path = path
+	}
+	if d.machineType == "" {
+		d.machineType = machine
+		if strings.Contains(filepath.Base(d.path), "aarch64") {
+			d.machineType = "virt"
+		}
+	}
+	if d.machineType != "q35" && d.machineType != "virt" {
+		return nil, fmt.Errorf("cannot use the machine type %q: only q35 (x86_64) and virt (aarch64) are known", d.machineType)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, d.path, "--version").Output()
+	if err != nil {
+		return nil, fmt.Errorf("cannot run %s --version: %w%s", d.path, err, stderrOf(err))
+	}
+	m := versionRE.FindSubmatch(out)
+	if m == nil {
+		return nil, fmt.Errorf("%s is no QEMU: it says %q of itself", d.path, firstLine(out))
+	}
+	if major, _ := strconv.Atoi(string(m[1])); major < minVersion {
+		return nil, fmt.Errorf("%s is QEMU %s.%s; at least %d.0 is needed", d.path, m[1], m[2], minVersion)
+	}
+	d.version = fmt.Sprintf("%s.%s%s", m[1], m[2], m[3])
+
+	switch cfg.Accelerator {
+	case "tcg":
+	case "kvm":
+		if err := d.openKVM(); err != nil {
+			return nil, fmt.Errorf("cannot use KVM: %w; enable virtualization on this host, or set the accelerator to auto or tcg", err)
+		}
+		d.kvm = true
+	case "", "auto":
+		d.kvm = d.probeKVM(cfg.Kernel, cfg.ProbeCache)
+	default:
+		return nil, fmt.Errorf("unknown accelerator %q: it is auto, kvm or tcg", cfg.Accelerator)
+	}
+	if !d.kvm {
+		d.tscKHz = measureTSC()
+	}
+	return d, nil
+}
+
+// Name is the hypervisor, its version and its accelerator, such as "QEMU 7.2.22 (tcg)".
+func (d *Driver) Name() string { return fmt.Sprintf("QEMU %s (%s)", d.version, d.Accelerator()) }
+
+// Accelerator is kvm or tcg.
+func (d *Driver) Accelerator() string {
+	if d.kvm {
+		return "kvm"
+	}
+	return "tcg"
+}
+
+// Create checks a spec; see vm.Driver.
+func (d *Driver) Create(spec vm.Spec) (vm.Machine, error) {
+	if err := checkSpec(spec); err != nil {
+		return nil, fmt.Errorf("cannot make a virtual machine for pod %s: %w", spec.PodID, err)
+	}
+	return newMachine(d, spec), nil
+}
+
+var podIDRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+
+func checkSpec(s vm.Spec) error {
+	switch {
+	case !podIDRE.MatchString(s.PodID):
+		return errors.New("the pod's id is not one")
+	case s.VCPUs < 1 || s.VCPUs > 255:
+		return fmt.Errorf("%d virtual CPUs; it must be 1 to 255", s.VCPUs)
+	case s.MemoryMiB < 64:
+		return fmt.Errorf("%d MiB of memory; it must be at least 64", s.MemoryMiB)
+	case s.Kernel == "":
+		return errors.New("no kernel is configured (hypervisor.kernel_path)")
+	case s.Initrd == "" && s.Image == "":
+		return errors.New("neither an initrd nor an image is configured (hypervisor.initrd_path, hypervisor.image_path)")
+	case s.Vsock != nil && (s.Vsock.CID < 3 || s.Vsock.FD == nil):
+		return errors.New("a vsock without a context id or its descriptor")
+	}
+	if socket := filepath.Join(s.Dir, consoleSocket); len(socket) > maxSocketPath {
+		return fmt.Errorf("the path %s is longer than the %d bytes of a Unix socket's address; use a shorter --dir", socket, maxSocketPath)
+	}
+	for i, n := range s.NICs {
+		if n.Tap == nil || len(n.MAC) != 6 {
+			return fmt.Errorf("network interface %d lacks its tap or its MAC", i)
+		}
+		if n.MTU != 0 && (n.MTU < 68 || n.MTU > 65535) {
+			return fmt.Errorf("network interface %d has the MTU %d", i, n.MTU)
+		}
+	}
+	for _, p := range s.KernelParams {
+		if strings.ContainsAny(p, "\n\x00") {
+			return fmt.Errorf("the kernel parameter %q has a line break", p)
+		}
+	}
+	return nil
+}
+
+func firstLine(b []byte) string {
+	line, _, _ := bytes.Cut(bytes.TrimSpace(b), []byte("\n"))
+	return printable(line, 200)
+}
+
+// stderrOf returns what a failed program said, as the end of a sentence.
+func stderrOf(err error) string {
+	var ee *exec.ExitError
+	if errors.As(err, &ee) && len(ee.Stderr) > 0 {
+		return ": " + firstLine(ee.Stderr)
+	}
+	return ""
+}
+
+// printable returns at most limit bytes of b with everything replaced that could disturb a terminal
+// or a log.
+func printable(b []byte, limit int) string {
+	cut := len(b) > limit
+	if cut {
+		b = b[:limit]
+	}
+	s := strings.Map(func(r rune) rune {
+		switch {
+		case r == '\t':
+			return ' '
+		case r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == '\ufffd':
+			return -1
+		}
+		return r
+	}, strings.ToValidUTF8(string(b), ""))
+	if cut {
+		s += "…"
+	}
+	return s
+}
+
+// remove deletes files that may not be there.
+func remove(paths ...string) error {
+	var errs []error
+	for _, p := range paths {
+		if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
