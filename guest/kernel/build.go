@@ -224,7 +224,7 @@ func (b *build) configure(ctx context.Context, top, version string) error {
 		return err
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("Linux %s does not honour %d of the requested symbols (a dependency is missing, or the symbol is gone):\n  %s",
+		return fmt.Errorf("the source, Linux %s, does not honour %d of the requested symbols (a dependency is missing, or the symbol is gone):\n  %s",
 			version, len(missing), strings.Join(missing, "\n  "))
 	}
 	return nil
