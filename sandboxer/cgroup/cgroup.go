@@ -111,7 +111,8 @@ func New(parent, name string) (*Group, error) {
 	return h.create(parent, name)
 }
 
-// Load finds the leaf that an earlier daemon made. Its error wraps fs.ErrNotExist if there is none.
+// Load finds the leaf that an earlier daemon made, even if only some hierarchies have it. Its error
+// wraps fs.ErrNotExist if there is none.
 func Load(parent, name string) (*Group, error) {
 	h, err := detected()
 	if err != nil {
@@ -121,10 +122,12 @@ func Load(parent, name string) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(g.dir(h.roots()[0])); err != nil {
-		return nil, fmt.Errorf("cannot find the cgroup of %s: %w", name, err)
+	for _, root := range h.roots() {
+		if _, err = os.Stat(g.dir(root)); err == nil {
+			return g, nil
+		}
 	}
-	return g, nil
+	return nil, fmt.Errorf("cannot find the cgroup of %s: %w", name, err)
 }
 
 func (h *host) group(parent, name string) (*Group, error) {

@@ -368,14 +368,11 @@ func (d *Daemon) Stop() error {
 	d.stop.Lock()
 	defer d.stop.Unlock()
 	// The process in the sandbox is the first one's child; killed first, it is reaped by it.
-	for _, child := range children(d.pid) {
-		select {
-		case <-d.exited:
-		default:
-			killChild(child, d.pid)
-		}
+	pids := d.PIDs()
+	for _, child := range pids[min(1, len(pids)):] {
+		killChild(child, d.pid)
 	}
-	if !d.waitExited(100 * time.Millisecond) {
+	if len(pids) != 0 && (len(pids) == 1 || !d.waitExited(100*time.Millisecond)) {
 		if err := signalPidfd(d.pidfd); err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("cannot kill the virtiofs daemon with pid %d: %w", d.pid, err)
 		}

@@ -92,6 +92,9 @@ func TestDaemonLife(t *testing.T) {
 	path, _ := fake(t, "sleep 600 & echo hello >&2; wait")
 	sock := socketPath(t)
 	procs := filepath.Join(filepath.Dir(sock), "procs")
+	if err := os.WriteFile(procs, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	d, err := StartVirtiofsd(t.Context(), Virtiofsd{Path: path, Share: "/x", Socket: sock, CgroupProcs: []string{procs}})
 	if err != nil {
 		t.Fatal(err)
