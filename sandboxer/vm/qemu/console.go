@@ -30,25 +30,27 @@ var consoleBuffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
 
 // console drains the guest's serial line into the pod's log. It is the only reader of the socket.
 type console struct {
-	conn *net.UnixConn
-	file *os.File // nil if it cannot be written any more
-	size int64
-	log  *slog.Logger
-	done chan struct{}
+	conn     *net.UnixConn
+	file     *os.File // nil if it cannot be written any more
+	size     int64
+	log      *slog.Logger
+	panicked chan<- string
+	done     chan struct{}
 
 	mu   sync.Mutex
 	tail []byte
 }
 
 // openConsole connects to the socket and appends to the log at path. A log that cannot be opened is
-// not fatal: the output is drained and its end is kept in memory all the same.
-func openConsole(ctx context.Context, socket, path string, log *slog.Logger) (*console, error) {
+// not fatal: the output is drained and its end is kept in memory all the same. A kernel's panic goes
+// to panicked, if that has room.
+func openConsole(ctx context.Context, socket, path string, panicked chan<- string, log *slog.Logger) (*console, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to the guest's console: %w", err)
 	}
-	c := &console{conn: conn.(*net.UnixConn), log: log, done: make(chan struct{})}
+	c := &console{conn: conn.(*net.UnixConn), log: log, panicked: panicked, done: make(chan struct{})}
 	c.file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		log.Warn("the guest's console is not logged", "error", err)
@@ -99,6 +101,12 @@ func (c *console) drain() {
 func (c *console) write(p []byte) {
 	c.mu.Lock()
 	c.tail = append(c.tail, p...)
+	if i := bytes.LastIndex(c.tail, []byte(panicMark)); i >= 0 && bytes.IndexByte(c.tail[i:], '\n') > 0 {
+		select {
+		case c.panicked <- panicLine(c.tail[i:]):
+		default: // it is known
+		}
+	}
 	if extra := len(c.tail) - tailSize; extra > 0 {
 		c.tail = append(c.tail[:0], c.tail[extra:]...)
 	}
@@ -152,7 +160,11 @@ func (c *console) panicLine() string {
 	if i < 0 {
 		return ""
 	}
-	line, _, _ := bytes.Cut(c.tail[i:], []byte("\n"))
+	return panicLine(c.tail[i:])
+}
+
+func panicLine(output []byte) string {
+	line, _, _ := bytes.Cut(output, []byte("\n"))
 	return printable(bytes.TrimSpace(line), 200)
 }
 

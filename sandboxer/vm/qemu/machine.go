@@ -52,8 +52,9 @@ type Machine struct {
 	restored bool
 	log      *slog.Logger
 
-	exited chan struct{}
-	exit   vm.Exit // valid once exited is closed
+	exited   chan struct{}
+	exit     vm.Exit     // valid once exited is closed
+	panicked chan string // has room for one
 
 	// plugging is held by the one operation on disks that is under way.
 	plugging chan struct{}
@@ -76,6 +77,7 @@ func newMachine(d *Driver, spec vm.Spec) *Machine {
 		dir:      spec.Dir,
 		log:      d.log.With("pod", spec.PodID),
 		exited:   make(chan struct{}),
+		panicked: make(chan string, 1),
 		plugging: make(chan struct{}, 1),
 		spec:     spec,
 		stderr:   -1,
@@ -118,8 +120,13 @@ func (m *Machine) Exit() vm.Exit {
 	}
 }
 
-// LastOutput returns the last lines of the guest's console, at most 10, fit for an error message.
-func (m *Machine) LastOutput() []string {
+// Panicked yields the line with which the guest's kernel panicked, if it does while this daemon
+// watches.
+func (m *Machine) Panicked() <-chan string { return m.panicked }
+
+// ConsoleTail returns the last lines of the guest's console, oldest first, at most 10, fit for an
+// error message.
+func (m *Machine) ConsoleTail() []string {
 	m.mu.Lock()
 	c := m.console
 	m.mu.Unlock()
@@ -168,7 +175,7 @@ func (m *Machine) Start(ctx context.Context) (err error) {
 		defer (*s.file).Close()
 	}
 	// Connected before QEMU runs: it finds us waiting, and nothing of the console is missed.
-	console, err := openConsole(ctx, m.path(consoleSocket), m.LogPath(), m.log)
+	console, err := openConsole(ctx, m.path(consoleSocket), m.LogPath(), m.panicked, m.log)
 	if err != nil {
 		return err
 	}
@@ -518,7 +525,7 @@ func (d *Driver) Restore(ctx context.Context, state json.RawMessage) (vm.Machine
 	}
 	m := newMachine(d, vm.Spec{PodID: s.PodID, Dir: s.Dir})
 	m.vsockCID, m.restored, m.state, m.process = s.VsockCID, true, started, p
-	if m.console, err = openConsole(ctx, m.path(consoleSocket), m.LogPath(), m.log); err != nil {
+	if m.console, err = openConsole(ctx, m.path(consoleSocket), m.LogPath(), m.panicked, m.log); err != nil {
 		m.log.Warn("the guest's console is not logged", "error", err)
 		m.console = nil
 	}
