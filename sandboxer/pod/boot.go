@@ -406,8 +406,8 @@ func (b *boot) kernelParams() []string {
 	return params
 }
 
-// awaitHello waits at once for the agent's call, for the end of the machine and for a panic of the
-// guest's kernel.
+// awaitHello waits at once for the agent's call, for the end of the machine, whose reason tells of a
+// panic of the guest's kernel, and for that of the share.
 func (b *boot) awaitHello(ctx context.Context) error {
 	type answer struct {
 		hello *protocol.Hello
@@ -436,10 +436,6 @@ func (b *boot) awaitHello(ctx context.Context) error {
 	if b.virtiofsd != nil {
 		served = b.virtiofsd.Exited()
 	}
-	var panicked <-chan string
-	if c, ok := b.machine.(console); ok {
-		panicked = c.Panicked()
-	}
 	select {
 	case a := <-answered:
 		if a.err != nil {
@@ -456,13 +452,6 @@ func (b *boot) awaitHello(ctx context.Context) error {
 		return exitError(b.machine)
 	case <-served:
 		return errShareLost
-	case line := <-panicked:
-		// The lines after the first say where it happened; the machine ends soon after.
-		select {
-		case <-b.machine.Exited():
-		case <-time.After(200 * time.Millisecond):
-		}
-		return fmt.Errorf("the guest's kernel panicked: %s", clip(plain(line), tailWidth))
 	case <-ctx.Done():
 		return fmt.Errorf("the agent did not call: %w", context.Cause(ctx))
 	}

@@ -21,7 +21,7 @@ const (
 func consoleTail(m vm.Machine, dir, id string) []string {
 	var lines []string
 	if c, ok := m.(console); ok {
-		lines = c.ConsoleTail()
+		lines = c.LastOutput()
 	} else {
 		lines = fileTail(filepath.Join(dir, "sandbox-"+id+".log"))
 	}

@@ -164,7 +164,7 @@ func (d fakeDriver) Create(s vm.Spec) (vm.Machine, error) {
 	d.w.mu.Lock()
 	d.w.spec = s
 	d.w.mu.Unlock()
-	return &fakeMachine{w: d.w, id: s.PodID, exited: make(chan struct{}), panicked: make(chan string, 1)}, d.w.failure("create machine")
+	return &fakeMachine{w: d.w, id: s.PodID, exited: make(chan struct{})}, d.w.failure("create machine")
 }
 
 func (d fakeDriver) Restore(_ context.Context, state json.RawMessage) (vm.Machine, error) {
@@ -173,7 +173,7 @@ func (d fakeDriver) Restore(_ context.Context, state json.RawMessage) (vm.Machin
 		return nil, err
 	}
 	if m := d.w.machine(id); m != nil {
-		m = &fakeMachine{w: d.w, id: id, exited: make(chan struct{}), panicked: make(chan string, 1)}
+		m = &fakeMachine{w: d.w, id: id, exited: make(chan struct{})}
 		d.w.mu.Lock()
 		d.w.exists["hypervisor "+id] = m
 		d.w.orphaned = false
@@ -185,12 +185,11 @@ func (d fakeDriver) Restore(_ context.Context, state json.RawMessage) (vm.Machin
 
 // fakeMachine is one daemon's handle of a machine: the handle of a dead daemon notices nothing.
 type fakeMachine struct {
-	w        *world
-	id       string
-	once     sync.Once
-	exited   chan struct{}
-	panicked chan string
-	exit     vm.Exit
+	w      *world
+	id     string
+	once   sync.Once
+	exited chan struct{}
+	exit   vm.Exit
 }
 
 func (m *fakeMachine) Start(context.Context) error {
@@ -198,7 +197,7 @@ func (m *fakeMachine) Start(context.Context) error {
 		return err
 	}
 	if m.w.panicMsg != "" {
-		m.panicked <- m.w.panicMsg
+		m.end(0, "the guest's kernel panicked: "+m.w.panicMsg)
 	}
 	if m.w.failure("live") != nil {
 		m.end(1, "qemu: "+m.w.failure("live").Error())
@@ -218,10 +217,9 @@ func (m *fakeMachine) AttachDisk(context.Context, vm.Disk) error { return nil }
 func (m *fakeMachine) DetachDisk(context.Context, string) error  { return nil }
 func (m *fakeMachine) Exited() <-chan struct{}                   { return m.exited }
 func (m *fakeMachine) Exit() vm.Exit                             { return m.exit }
-func (m *fakeMachine) ConsoleTail() []string {
+func (m *fakeMachine) LastOutput() []string {
 	return []string{"one", "\x1b[31mtwo\x1b[0m\r", "last words"}
 }
-func (m *fakeMachine) Panicked() <-chan string { return m.panicked }
 func (m *fakeMachine) State() (vm.State, error) {
 	saved, err := json.Marshal(m.id)
 	return vm.State{PID: os.Getpid(), Saved: saved}, err

@@ -125,8 +125,6 @@ type Containers interface {
 
 // console is implemented by machines that follow their guest's console.
 type console interface {
-	// ConsoleTail returns the last lines, oldest first.
-	ConsoleTail() []string
-	// Panicked yields the line of a kernel panic.
-	Panicked() <-chan string
+	// LastOutput returns the last lines, oldest first.
+	LastOutput() []string
 }

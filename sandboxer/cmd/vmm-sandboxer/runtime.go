@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kuasar.io/kuasar/sandboxer/cgroup"
 	"kuasar.io/kuasar/sandboxer/config"
 	"kuasar.io/kuasar/sandboxer/container"
@@ -62,6 +64,11 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 		LoadCgroup: loadCgroup,
 
 		NewContainers: newContainers,
+	}
+	if err := unix.Access(pod.VsockDevice, unix.R_OK|unix.W_OK); err == nil {
+		rt.Vsock = pod.ClaimVsock
+	} else {
+		log.Info("this host has no vsock for guests; they are reached through a serial port", "device", pod.VsockDevice, "error", err)
 	}
 	path, kind, err := storage.FindVirtiofsd(cfg.Hypervisor.Virtiofsd.Path)
 	switch {
