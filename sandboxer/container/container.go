@@ -167,6 +167,8 @@ type Set struct {
 	violate sync.Once
 	streams streamTable
 
+	killGrace time.Duration
+
 	journaling sync.Mutex // orders calls of Options.Journal
 
 	mu         sync.Mutex
@@ -227,6 +229,7 @@ func NewSet(opts Options) *Set {
 		log:        opts.Log.With("pod", opts.PodID),
 		containers: map[string]*container{},
 		lastPID:    firstPID - 1,
+		killGrace:  killGrace,
 	}
 	s.life, s.end = context.WithCancelCause(context.Background())
 	return s
@@ -390,7 +393,7 @@ func (s *Set) Kill(ctx context.Context, id, execID string, signal uint32, all bo
 	if signal == 9 {
 		// Whatever the guest answers: nothing may hold up the end of a process that was told to
 		// die, least of all a client that has stopped reading.
-		p.io.abandonAfter(killGrace)
+		p.io.abandonAfter(s.killGrace)
 	}
 	ctx, cancel := s.operation(ctx, controlLimit)
 	defer cancel()

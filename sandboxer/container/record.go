@@ -252,5 +252,6 @@ type discard struct{}
 
 func (discard) Write(p []byte) (int, error) { return len(p), nil }
 func (discard) abandon()                    {}
+func (discard) detach()                     {}
 func (discard) finish()                     {}
 func (discard) close()                      {}

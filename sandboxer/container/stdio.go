@@ -24,12 +24,15 @@ import (
 	guestio "kuasar.io/kuasar/guest/protocol/stdio"
 )
 
-// sink is the client's end of an output stream. Write never fails: what the client does not take
-// any more is discarded, as the process must not suffer from its client.
+// sink is the client's end of an output stream. Write does not fail because of the client: what it
+// does not take any more is discarded, as the process must not suffer from its client.
 type sink interface {
 	io.Writer
 	// abandon discards from now on, and ends a Write that blocks.
 	abandon()
+	// detach lets go of the client without an end. A Write that blocks, and every later one,
+	// fails, which is the only failure there is: what it could not write was not consumed.
+	detach()
 	// finish tells the client that there is no more. Nothing is written after it.
 	finish()
 	// close frees everything. It may be called at any time, more than once.
@@ -213,7 +216,7 @@ func (t *stdio) pump(misbehaved func(error)) {
 			defer close(o.done)
 			_, err := o.reader.WriteTo(o.sink)
 			switch {
-			case err == nil, errors.Is(err, net.ErrClosed):
+			case err == nil, errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrClosed):
 			case errors.Is(err, guestio.ErrProtocol):
 				misbehaved(err)
 			default:
@@ -346,17 +349,20 @@ func (t *stdio) cutInput() {
 	}
 }
 
-// detach stops the pumps and leaves everything as it is, in the guest and for the client.
+// detach stops the pumps and lets go of the client, without telling the guest anything.
 func (t *stdio) detach() {
 	for _, o := range t.outputs {
 		if o.reader != nil {
 			o.reader.Close()
 		}
 		if o.sink != nil {
-			o.sink.abandon()
+			o.sink.detach()
 		}
 		if o.done != nil {
 			<-o.done
+		}
+		if o.sink != nil {
+			o.sink.close()
 		}
 	}
 	t.cutInput()
@@ -407,9 +413,10 @@ type fifoSink struct {
 	write, read *os.File
 	log         *slog.Logger
 	discard     atomic.Bool
+	detached    atomic.Bool
 }
 
-func openFIFOSink(path string, log *slog.Logger) (*fifoSink, error) {
+func openFIFOSink(path string, log *slog.Logger) (sink, error) {
 	read, err := openFIFO(path, unix.O_RDONLY)
 	if err != nil {
 		return nil, err
@@ -427,6 +434,9 @@ func (f *fifoSink) Write(p []byte) (int, error) {
 		return len(p), nil
 	}
 	if n, err := f.write.Write(p); err != nil {
+		if f.detached.Load() {
+			return n, os.ErrClosed
+		}
 		if f.discard.Swap(true) {
 			f.log.Warn("output is discarded: the client did not read it", "fifo", f.write.Name(), "bytes", len(p)-n)
 		} else {
@@ -438,6 +448,11 @@ func (f *fifoSink) Write(p []byte) (int, error) {
 
 func (f *fifoSink) abandon() {
 	f.discard.Store(true)
+	f.write.SetWriteDeadline(time.Unix(1, 0))
+}
+
+func (f *fifoSink) detach() {
+	f.detached.Store(true)
 	f.write.SetWriteDeadline(time.Unix(1, 0))
 }
 
@@ -460,7 +475,7 @@ type syscallConn interface {
 	Read(func(fd uintptr) bool) error
 }
 
-func openFIFOSource(path string, hold bool) (*fifoSource, error) {
+func openFIFOSource(path string, hold bool) (source, error) {
 	read, err := openFIFO(path, unix.O_RDONLY)
 	if err != nil {
 		return nil, err

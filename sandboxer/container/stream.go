@@ -40,16 +40,17 @@ type streamTable struct {
 
 // slot is one id. Guarded by streamTable.mu.
 type slot struct {
-	table   *streamTable
-	id      string
-	claimed bool
-	conn    ClientStream
-	changed chan struct{} // closed and replaced when conn changes
-	over    chan struct{} // closed when the process's stream has ended
-	life    context.Context
-	cancel  context.CancelFunc
-	ending  context.Context // ends endGrace after CloseIO
-	endNow  context.CancelFunc
+	table    *streamTable
+	id       string
+	claimed  bool
+	conn     ClientStream
+	changed  chan struct{} // closed and replaced when conn changes
+	over     chan struct{} // closed when the process's stream has ended
+	detached bool
+	life     context.Context
+	cancel   context.CancelFunc
+	ending   context.Context // ends endGrace after CloseIO
+	endNow   context.CancelFunc
 }
 
 // get returns the slot of an id. t.mu is held.
@@ -211,6 +212,9 @@ func (k streamSink) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
 		conn, err := sl.current(sl.life)
 		if err != nil {
+			if k.isDetached() {
+				return len(p) - len(rest), os.ErrClosed
+			}
 			break // abandoned
 		}
 		n, err := conn.Send(sl.life, rest)
@@ -223,8 +227,22 @@ func (k streamSink) Write(p []byte) (int, error) {
 }
 
 func (k streamSink) abandon() { k.cancel() }
-func (k streamSink) finish()  { k.slot.finish() }
-func (k streamSink) close()   { k.slot.release() }
+
+func (k streamSink) detach() {
+	k.table.mu.Lock()
+	k.detached = true
+	k.table.mu.Unlock()
+	k.cancel()
+}
+
+func (k streamSink) isDetached() bool {
+	k.table.mu.Lock()
+	defer k.table.mu.Unlock()
+	return k.detached
+}
+
+func (k streamSink) finish() { k.slot.finish() }
+func (k streamSink) close()  { k.slot.release() }
 
 type streamSource struct{ *slot }
 
