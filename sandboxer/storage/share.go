@@ -108,16 +108,18 @@ func (s *Share) mounts() string { return filepath.Join(s.dir, "mounts") }
 func (s *Share) Exported() string { return filepath.Join(s.dir, "shared") }
 
 func (s *Share) make() (err error) {
+	// What exists already is another share's, and not undone.
+	if err := os.Mkdir(s.mounts(), 0o755); err != nil {
+		return err
+	}
+	if err := os.Mkdir(s.Exported(), 0o755); err != nil {
+		return errors.Join(err, os.Remove(s.mounts()))
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	for _, p := range []string{s.mounts(), s.Exported()} {
-		if err := os.Mkdir(p, 0o755); err != nil {
-			return err
-		}
-	}
 	step := func(what, source, target string, flags uintptr) {
 		if err != nil {
 			return
@@ -432,22 +434,18 @@ func (s *Share) Close() error {
 }
 
 func (s *Share) close() error {
-	var errs []error
-	if root, err := s.root(); err == nil {
-		names, err := list(root)
-		unix.Close(root)
-		errs = append(errs, err)
-		for _, name := range names {
-			errs = append(errs, s.release(name))
+	err := s.releaseAll()
+	if err != nil {
+		// Something is mounted where this package mounts nothing. The machine has ended, nobody
+		// renames anything any more, so the kernel's list can be followed.
+		if err = s.sweep(); err == nil {
+			err = s.releaseAll()
 		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, err)
 	}
-	for _, p := range []string{s.Exported(), s.mounts()} {
-		errs = append(errs, unmount(p, p))
+	if err != nil {
+		return err
 	}
-	errs = append(errs, s.sweep())
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(unmount(s.Exported(), s.Exported()), unmount(s.mounts(), s.mounts()), s.sweep()); err != nil {
 		return err
 	}
 	for _, p := range []string{s.Exported(), s.mounts()} {
@@ -456,6 +454,24 @@ func (s *Share) close() error {
 		}
 	}
 	return nil
+}
+
+// releaseAll releases every container that is in the tree.
+func (s *Share) releaseAll() error {
+	root, err := s.root()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	names, err := list(root)
+	unix.Close(root)
+	errs := []error{err}
+	for _, name := range names {
+		errs = append(errs, s.release(name))
+	}
+	return errors.Join(errs...)
 }
 
 // sweep detaches what the kernel still lists below the tree, the deepest first.

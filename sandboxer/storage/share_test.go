@@ -507,14 +507,61 @@ func TestAfterRestart(t *testing.T) {
 	}
 }
 
+func TestCloseTakesForeignMounts(t *testing.T) {
+	needRoot(t)
+	dir := podDir(t, "tmpfs")
+	s := newShare(t, dir)
+	for _, p := range []string{"c1", "c2/x/y"} {
+		at := filepath.Join(dir, "mounts", p)
+		if err := os.MkdirAll(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("tmpfs", at, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := s.Close()
+	if left := mountsBelow(t, dir); len(left) > 0 {
+		t.Errorf("mounts left: %q", left)
+	}
+	// A directory that nobody here made, with something in it, is not this package's to remove.
+	if !errors.Is(err, unix.ENOTEMPTY) || !strings.Contains(err.Error(), "removing x") {
+		t.Errorf("got %v", err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "mounts", "c2")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantEmpty(t, dir)
+}
+
 func TestExistingTreeIsRefused(t *testing.T) {
 	needRoot(t)
-	dir := podDir(t, "")
-	if err := os.Symlink("/etc", filepath.Join(dir, "mounts")); err != nil {
+	for _, name := range []string{"mounts", "shared"} {
+		dir := podDir(t, "")
+		if err := os.Symlink("/etc", filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := NewShare(dir); !errors.Is(err, os.ErrExist) {
+			t.Errorf("got %v", err)
+		}
+		if entries, _ := os.ReadDir(dir); len(entries) != 1 {
+			t.Errorf("left: %v", entries)
+		}
+	}
+	// A second share of a pod must not cost the first.
+	dir := podDir(t, "tmpfs")
+	s := newShare(t, dir)
+	if _, err := s.Volume(t.Context(), "c1", t.TempDir(), false); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := NewShare(dir); !errors.Is(err, os.ErrExist) {
-		t.Errorf("got %v", err)
+		t.Errorf("a second share: %v", err)
+	}
+	if mounted, err := mountinfo.Mounted(filepath.Join(s.Exported(), "c1", "vol0")); !mounted {
+		t.Errorf("the first share lost its volume: %v", err)
 	}
 }
 
