@@ -9,8 +9,8 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -94,9 +94,16 @@ type plan struct {
 	neighbours []neighbour
 }
 
-// The kernel takes any name of up to 15 bytes without '/', ':' and white space; names with other
-// bytes than these break the paths under /proc/sys.
-var validName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}$`)
+// validName tells the names that an interface can have. The kernel takes any of up to 15 bytes
+// without '/', ':' and white space; other bytes than these break the paths under /proc/sys.
+func validName(name string) bool {
+	if name == "" || len(name) > 15 || name == "lo" || name[0] == '.' || name[0] == '-' {
+		return false
+	}
+	return strings.IndexFunc(name, func(c rune) bool {
+		return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("_.@-", c))
+	}) < 0
+}
 
 // parse checks the whole request before anything of it is applied.
 func parse(n *protocol.Network) (*plan, error) {
@@ -107,7 +114,7 @@ func parse(n *protocol.Network) (*plan, error) {
 	names, macs := map[string]bool{}, map[string]bool{}
 	for _, m := range n.GetInterfaces() {
 		i := iface{name: m.GetName(), mtu: int(m.GetMtu()), noARP: m.GetNoArp()}
-		if !validName.MatchString(i.name) || i.name == "lo" {
+		if !validName(i.name) {
 			return nil, fmt.Errorf("%q is no name for an interface", i.name)
 		}
 		mac, err := net.ParseMAC(m.GetMac())

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"regexp"
 	"sync"
 	"time"
 
@@ -196,8 +195,6 @@ func (s *Service) UpdateNetwork(ctx context.Context, r *protocol.UpdateNetworkRe
 	return &protocol.UpdateNetworkResponse{}, nil
 }
 
-var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
-
 // PrepareContainer announces a container.
 func (s *Service) PrepareContainer(ctx context.Context, r *protocol.PrepareContainerRequest) (*protocol.PrepareContainerResponse, error) {
 	if err := s.Containers.Prepare(ctx, r); err != nil {
@@ -223,11 +220,9 @@ func (s *Service) SetClock(_ context.Context, r *protocol.SetClockRequest) (*pro
 	return &protocol.SetClockResponse{DeltaNanos: int64(behind)}, nil
 }
 
-// OOM queues the event that the kernel killed a process of a container. It does not block.
+// OOM queues the event that the kernel killed a process of a container. It does not block; the id
+// is one that Prepare has accepted.
 func (s *Service) OOM(containerID string) {
-	if !validID.MatchString(containerID) {
-		return
-	}
 	s.events.push(&protocol.Event{Event: &protocol.Event_OomContainerId{OomContainerId: containerID}})
 }
 

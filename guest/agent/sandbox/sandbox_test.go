@@ -124,7 +124,6 @@ func TestEventsSurviveTheStream(t *testing.T) {
 	for i := range maxEvents + 10 {
 		s.OOM(fmt.Sprint("c", i))
 	}
-	s.OOM("../x")
 	if n := len(s.events.events); n != maxEvents {
 		t.Errorf("%d events are kept", n)
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -15,23 +14,29 @@ import (
 	"kuasar.io/kuasar/guest/protocol"
 )
 
-var validSysctl = regexp.MustCompile(`^[A-Za-z0-9_-]+([./][A-Za-z0-9_*@:-]+)+$`)
-
 // sysctlPath is the file of a setting. As for sysctl(8), whichever of '.' and '/' comes first
 // separates; the other one then stands for itself, as in net/ipv4/conf/eth0.100/forwarding.
 func sysctlPath(name string) (string, error) {
-	if len(name) > 256 || !validSysctl.MatchString(name) {
-		return "", fmt.Errorf("%q is no name of a sysctl", name)
+	bad := func() (string, error) { return "", fmt.Errorf("%.300q is no name of a sysctl", name) }
+	first := strings.IndexAny(name, "./")
+	if len(name) > 256 || first < 0 {
+		return bad()
 	}
-	if i := strings.IndexAny(name, "./"); name[i] == '.' {
-		name = strings.NewReplacer(".", "/", "/", ".").Replace(name)
+	path := name
+	if name[first] == '.' {
+		path = strings.NewReplacer(".", "/", "/", ".").Replace(name)
 	}
-	for part := range strings.SplitSeq(name, "/") {
+	for part := range strings.SplitSeq(path, "/") {
 		if part == "" || part == "." || part == ".." {
-			return "", fmt.Errorf("%q is no name of a sysctl", name)
+			return bad()
+		}
+		for _, c := range []byte(part) {
+			if c <= ' ' || c >= 0x7f {
+				return bad()
+			}
 		}
 	}
-	return "/proc/sys/" + name, nil
+	return "/proc/sys/" + path, nil
 }
 
 // podSysctl tells the settings that belong to the ipc and uts namespaces, which the pod has of its

@@ -111,6 +111,11 @@ func (s *sender) drop(conn net.Conn) {
 	s.changed.Broadcast()
 }
 
+// gather is the size of a frame, in bytes, up to which data waits while other data is on its way: a
+// process that writes in small pieces would else cost a frame, an acknowledgement and several
+// wake-ups for each of them.
+const gather = 16 << 10
+
 // flush sends what can be sent. s.mu is held, and released while a frame is on its way.
 func (s *sender) flush() {
 	if s.sending {
@@ -121,6 +126,9 @@ func (s *sender) flush() {
 		n := min(int(s.total-s.sent), MaxFrame)
 		if n == 0 && (!s.eof || s.sentEOF) {
 			break
+		}
+		if n < gather && s.sent > s.acked && !s.eof {
+			break // its acknowledgement calls again
 		}
 		conn := s.conn
 		frame := frames.Get().(*[]byte)
@@ -215,6 +223,7 @@ func (s *sender) serve(conn net.Conn) (done bool, err error) {
 			s.mu.Unlock()
 			return true, nil
 		}
+		s.flush()
 		s.mu.Unlock()
 	}
 }
