@@ -189,7 +189,7 @@ func sysctlPath(key string) (string, error) {
 			return r
 		}, key)
 	}
-	if !filepath.IsLocal(name) {
+	if !filepath.IsLocal(name) || filepath.Clean(name) != name {
 		return "", fmt.Errorf("%q is not the name of a sysctl: %w", key, errdefs.ErrInvalidArgument)
 	}
 	return filepath.Join("/proc/sys", name), nil

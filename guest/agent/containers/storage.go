@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -99,12 +98,10 @@ func (m *storageMounts) unmount() error {
 	return errors.Join(errs...)
 }
 
-var validSerial = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,20}$`)
-
 // findDisk waits until a disk with this serial number is there and returns its device node. sys
 // is /sys/block.
 func findDisk(sys, serial string, timeout time.Duration) (string, error) {
-	if !validSerial.MatchString(serial) {
+	if !isName(serial, 20, func(byte) bool { return true }) {
 		return "", fmt.Errorf("serial number %q must be 1 to 20 of A-Z a-z 0-9 _ . -: %w", serial, errdefs.ErrInvalidArgument)
 	}
 	for deadline := time.Now().Add(timeout); ; time.Sleep(5 * time.Millisecond) {
