@@ -15,6 +15,9 @@ import (
 // VsockDevice is where the host's vsock is opened for a guest.
 const VsockDevice = "/dev/vhost-vsock"
 
+// setGuestCID is VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h.
+const setGuestCID = 0x4008AF60
+
 // claims is how many context ids are tried; they are drawn from two thousand million.
 const claims = 16
 
@@ -28,7 +31,7 @@ func ClaimVsock() (*vm.Vsock, error) {
 	for range claims {
 		cid := 3 + rand.Uint32N(1<<31-4) // 0 to 2 mean the hypervisor, the loopback and the host
 		arg := uint64(cid)
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.VHOST_VSOCK_SET_GUEST_CID, uintptr(unsafe.Pointer(&arg)))
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), setGuestCID, uintptr(unsafe.Pointer(&arg)))
 		switch errno {
 		case 0:
 			return &vm.Vsock{CID: cid, FD: f}, nil
