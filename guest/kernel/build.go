@@ -247,8 +247,11 @@ func (b *build) compile(ctx context.Context, top string) error {
 	args := append([]string{"-n", "5", "make", fmt.Sprintf("-j%d", jobs)}, b.variables()...)
 	cmd := exec.CommandContext(ctx, "nice", append(args, b.goal)...)
 	cmd.Dir, cmd.Env = top, environment()
-	// make's children must end with it, or they go on writing into a directory that is removed.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// make's children must end with it, or they go on writing into a directory that is removed; and
+	// make with us, even if we are killed. The kernel ties the latter to the thread that starts it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.StdoutPipe()
