@@ -58,6 +58,7 @@ func main() {
 
 // run only returns what ends the guest before it could serve.
 func run() error {
+	began := time.Now()
 	// The agent's memory is the pod's loss.
 	debug.SetGCPercent(50)
 
@@ -129,7 +130,7 @@ func run() error {
 	})
 
 	// Whoever measures a boot looks for this line; it comes whether or not a host can be reached.
-	log.Info("agent ready", "version", version.String())
+	log.Info("agent ready", "version", version.String(), "took", time.Since(began).Round(time.Millisecond))
 	home, err := link.Open(ctx, parameters.Transport, log.Logger)
 	if err != nil {
 		return err
