@@ -343,8 +343,8 @@ func arpReplies(t *testing.T, ns, address string) []string {
 	})
 	defer unix.Close(fd)
 	request := bytes.Join([][]byte{
-		bytes.Repeat([]byte{0xff}, 6), mac, []byte{0x08, 0x06},
-		[]byte{0, 1, 8, 0, 6, 4, 0, 1}, mac, net.ParseIP(gateway4).To4(), make([]byte, 6), net.ParseIP(address).To4()}, nil)
+		bytes.Repeat([]byte{0xff}, 6), mac, {0x08, 0x06},
+		{0, 1, 8, 0, 6, 4, 0, 1}, mac, net.ParseIP(gateway4).To4(), make([]byte, 6), net.ParseIP(address).To4()}, nil)
 	if err := unix.Sendto(fd, request, 0, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ARP), Ifindex: index, Halen: 6}); err != nil {
 		t.Fatal(err)
 	}
