@@ -269,7 +269,7 @@ func (m *Machine) detachDisk(ctx context.Context, serial string) error {
 	return nil
 }
 
-// findDisks asks a restored QEMU which disks are plugged in.
+// findDisks asks QEMU which disks are plugged in.
 func (m *Machine) findDisks(ctx context.Context, c *qmp.Client) error {
 	var children []struct{ Name string }
 	if err := c.Execute(ctx, "qom-list", map[string]string{"path": "/machine/peripheral"}, &children); err != nil {
@@ -283,7 +283,8 @@ func (m *Machine) findDisks(ctx context.Context, c *qmp.Client) error {
 	}
 	m.disks.mu.Lock()
 	defer m.disks.mu.Unlock()
-	// A node without its device was being unplugged when the last daemon ended.
+	m.disks.ports, m.disks.deleted = [rootPorts]string{}, [rootPorts]bool{}
+	// A node without its device was being plugged in or out when the last connection ended.
 	for _, n := range nodes {
 		if port, serial, ok := parseDiskID(n.Name); ok {
 			m.disks.ports[port], m.disks.deleted[port] = serial, true

@@ -468,6 +468,11 @@ func (m *Machine) monitor(ctx context.Context) (*qmp.Client, error) {
 		}
 		return nil, err
 	}
+	// What happened while nobody listened, QEMU remembers.
+	if err := m.findDisks(ctx, c); err != nil {
+		c.Close()
+		return nil, err
+	}
 	m.setClient(c)
 	return c, nil
 }
@@ -530,11 +535,7 @@ func (d *Driver) Restore(ctx context.Context, state json.RawMessage) (vm.Machine
 		m.console = nil
 	}
 	go m.watch(p)
-	c, err := m.monitor(ctx)
-	if err == nil {
-		err = m.findDisks(ctx, c)
-	}
-	if err != nil {
+	if _, err := m.monitor(ctx); err != nil {
 		m.log.Warn("QEMU's monitor does not answer; the virtual machine can only be stopped", "error", err)
 	}
 	return m, nil

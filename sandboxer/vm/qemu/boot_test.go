@@ -1,0 +1,239 @@
+package qemu_test
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/guestlink"
+	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/qemu"
+)
+
+// bench is what a test with a real QEMU needs.
+type bench struct {
+	driver         *qemu.Driver
+	kernel, initrd string
+}
+
+// needBench skips unless the tests that boot machines are wanted and possible.
+func needBench(t *testing.T, accelerator string) bench {
+	t.Helper()
+	if os.Getenv("KUASAR_E2E") == "" {
+		t.Skip("boots virtual machines; set KUASAR_E2E=1 to run it")
+	}
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	root, err := filepath.Abs("../../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := bench{kernel: filepath.Join(root, "out/vmlinux.bin"), initrd: filepath.Join(root, "out/kuasar.initrd")}
+	for _, path := range []string{b.kernel, b.initrd} {
+		if _, err := os.Stat(path); err != nil {
+			t.Skipf("%v; build it with mage", err)
+		}
+	}
+	b.driver, err = qemu.New(qemu.Config{Accelerator: accelerator, Kernel: b.kernel, Log: quiet()})
+	if err != nil {
+		t.Skip(err)
+	}
+	return b
+}
+
+func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
+
+// shortDir is a directory whose path leaves room for the names of sockets.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func (b bench) spec(t *testing.T) vm.Spec {
+	return vm.Spec{
+		PodID: "boot-test", Dir: shortDir(t), Kernel: b.kernel, Initrd: b.initrd,
+		KernelParams: []string{protocol.ParamLogLevel + "=info", protocol.ParamDebug},
+		VCPUs:        1, MemoryMiB: 256,
+	}
+}
+
+func deadline(t *testing.T, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// up starts a machine and waits for its agent.
+func up(t *testing.T, b bench, spec vm.Spec) (vm.Machine, guestlink.Link) {
+	t.Helper()
+	ctx := deadline(t, 20*time.Second)
+	m, err := b.driver.Create(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Stop(context.Background()) })
+	begin := time.Now()
+	if err := m.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	started := time.Since(begin)
+	link, err := guestlink.Open(ctx, m.Endpoint(), quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { link.Close() })
+	hello, err := link.Hello(ctx)
+	if err != nil {
+		t.Fatalf("%v; console: %s", err, strings.Join(m.(*qemu.Machine).ConsoleTail(), " | "))
+	}
+	t.Logf("%s: QEMU answers after %v, the agent after %v; its uptime then: %v", b.driver.Name(),
+		started.Round(time.Millisecond), time.Since(begin).Round(time.Millisecond), time.Duration(hello.UptimeNanos).Round(time.Millisecond))
+	return m, link
+}
+
+func TestBootHelloStop(t *testing.T) {
+	b := needBench(t, "")
+	spec := b.spec(t)
+	m, link := up(t, b, spec)
+	ctx := deadline(t, 20*time.Second)
+
+	console, err := link.Dial(ctx, protocol.PortConsole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(console, "KSR_MODE exec\necho $((6*7))\nexit\n")
+	console.SetReadDeadline(time.Now().Add(10 * time.Second))
+	out, err := io.ReadAll(console)
+	if err != nil || !strings.Contains(string(out), "42") {
+		t.Errorf("the console said %q, %v", out, err)
+	}
+	console.Close()
+
+	state, err := m.State()
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	if err := m.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("stopped within %v: %+v", time.Since(begin).Round(time.Millisecond), m.Exit())
+	if _, err := b.driver.Restore(ctx, state.Saved); !errors.Is(err, vm.ErrGone) {
+		t.Errorf("a dead machine was restored: %v", err)
+	}
+	left, err := os.ReadDir(spec.Dir)
+	if err != nil || len(left) != 1 || left[0].Name() != "sandbox-boot-test.log" {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func TestRestoreRunningMachine(t *testing.T) {
+	b := needBench(t, "")
+	m, link := up(t, b, b.spec(t))
+	ctx := deadline(t, 30*time.Second)
+	disk := makeDisk(t)
+	if err := m.AttachDisk(ctx, vm.Disk{Path: disk, Serial: "kept"}); err != nil {
+		t.Fatal(err)
+	}
+	state, err := m.State()
+	if err != nil {
+		t.Fatal(err)
+	}
+	link.Close()
+	// Each socket has one client at a time, and the first daemon is supposed to be gone.
+	qemu.DropMonitor(m)
+	again, err := b.driver.Restore(ctx, state.Saved)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	link, err = guestlink.Open(ctx, again.Endpoint(), quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer link.Close()
+	if _, err := link.Hello(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the agent answered the new link after %v", time.Since(begin).Round(time.Millisecond))
+	if err := again.AttachDisk(ctx, vm.Disk{Path: disk, Serial: "kept"}); err == nil {
+		t.Error("the plugged-in disk was forgotten")
+	}
+	if err := again.DetachDisk(ctx, "kept"); err != nil {
+		t.Fatal(err)
+	}
+	if err := again.AttachDisk(ctx, vm.Disk{Path: disk, Serial: "kept"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	<-m.Exited()
+}
+
+func makeDisk(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	content := make([]byte, 1<<20)
+	rand.Read(content)
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestDisksComeAndGo(t *testing.T) {
+	b := needBench(t, "")
+	m, _ := up(t, b, b.spec(t))
+	ctx := deadline(t, 60*time.Second)
+	disk := makeDisk(t)
+	pid, err := m.State()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before int
+	for round := range 3 {
+		for _, serial := range []string{"a", "b"} {
+			begin := time.Now()
+			if err := m.AttachDisk(ctx, vm.Disk{Path: disk, Serial: serial, ReadOnly: true}); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("round %d: %s attached within %v", round, serial, time.Since(begin).Round(time.Millisecond))
+		}
+		for _, serial := range []string{"a", "b", "never"} {
+			begin := time.Now()
+			if err := m.DetachDisk(ctx, serial); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("round %d: %s detached within %v", round, serial, time.Since(begin).Round(time.Millisecond))
+		}
+		fds, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(pid.PID), "fd"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if round == 0 {
+			before = len(fds)
+		} else if len(fds) != before {
+			t.Errorf("QEMU holds %d descriptors after round %d, %d after the first", len(fds), round, before)
+		}
+	}
+	if err := m.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
