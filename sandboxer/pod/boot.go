@@ -451,7 +451,8 @@ func (b *boot) awaitHello(ctx context.Context) error {
 	case <-b.machine.Exited():
 		return exitError(b.machine)
 	case <-served:
-		return errShareLost
+		// The daemon ends when the hypervisor does, and may be faster.
+		return b.endedOr(errShareLost)
 	case <-ctx.Done():
 		return fmt.Errorf("the agent did not call: %w", context.Cause(ctx))
 	}
@@ -486,7 +487,7 @@ func (b *boot) endedOr(err error) error {
 	select {
 	case <-b.machine.Exited():
 		return exitError(b.machine)
-	case <-time.After(100 * time.Millisecond):
+	case <-time.After(500 * time.Millisecond):
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -327,6 +327,37 @@ func TestKernelPanic(t *testing.T) {
 	checkNothingLeft(t, w, o.Dir)
 }
 
+func TestShareLostDuringBoot(t *testing.T) {
+	for name, c := range map[string]struct {
+		machine bool
+		want    string
+	}{
+		"alone":            {false, errShareLost.Error()},
+		"with the machine": {true, "killed by SIGKILL"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.noHello = true
+			o := testOptions(t, w)
+			o.BootLimit = time.Minute
+			m := NewManager(o)
+			mustCreate(t, m, "a")
+			m.afterStage = func(_, stage string) {
+				if stage == StageHypervisor {
+					close(w.virtiofsd().exited)
+					if c.machine {
+						w.machine("a").end(137, "killed by SIGKILL")
+					}
+				}
+			}
+			if _, err := m.Start(t.Context(), "a"); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error %v, want %q", err, c.want)
+			}
+			checkNothingLeft(t, w, o.Dir)
+		})
+	}
+}
+
 func TestCallerLeavesDuringBoot(t *testing.T) {
 	w := newWorld(t)
 	w.noHello = true
