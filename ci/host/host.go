@@ -200,21 +200,43 @@ var managers = []manager{
 		name:    "dnf",
 		install: []string{"dnf", "install", "-y", "--setopt=install_weak_deps=False"},
 		refresh: []string{"dnf", "makecache"},
-		known:   func(pkg string) []string { return []string{"dnf", "-q", "list", "--available", pkg} },
-		names:   func(r requirement) []string { return r.rpm },
+		// "provides" knows names, as globs of them, and paths of files.
+		known: func(pkg string) []string { return []string{"dnf", "-q", "provides", pkg} },
+		names: func(r requirement) []string { return r.rpm },
 	},
 }
 
 func (m machine) ensure(ctx context.Context, purposes []Purpose) error {
-	needs := m.missing(purposes)
+	if err := m.ensureRequired(ctx, purposes); err != nil {
+		return err
+	}
+	// Only now, because what was required may have brought along what is optional.
+	return m.offerOptional(ctx, purposes)
+}
+
+// packageManager returns the machine's package manager.
+func (m machine) packageManager() (manager, bool) {
+	i := slices.IndexFunc(managers, func(p manager) bool { return m.exists(p.name) })
+	if i < 0 {
+		return manager{}, false
+	}
+	return managers[i], true
+}
+
+// required returns the needs that nothing works without.
+func required(needs []need) []need {
+	return slices.DeleteFunc(needs, func(n need) bool { return n.optional != "" })
+}
+
+func (m machine) ensureRequired(ctx context.Context, purposes []Purpose) error {
+	needs := required(m.missing(purposes))
 	if len(needs) == 0 {
 		return nil
 	}
-	i := slices.IndexFunc(managers, func(p manager) bool { return m.exists(p.name) })
-	if i < 0 {
+	p, ok := m.packageManager()
+	if !ok {
 		return fmt.Errorf("cannot install what is missing: this machine has neither apt-get nor dnf; missing:\n  %s", strings.Join(describe(needs), "\n  "))
 	}
-	p := managers[i]
 	if !m.root {
 		var packages []string
 		for _, n := range needs {
@@ -223,69 +245,96 @@ func (m machine) ensure(ctx context.Context, purposes []Purpose) error {
 		return fmt.Errorf("cannot install what is missing without being root; run:\n  sudo %s %s", strings.Join(p.install, " "), strings.Join(unique(packages), " "))
 	}
 	packages, refreshed, err := m.choose(ctx, p, needs)
-	if err != nil || len(packages) == 0 {
+	if err != nil {
 		return err
 	}
-	fmt.Fprintf(m.out, "installing %s with %s\n", strings.Join(packages, " "), p.name)
-	command := slices.Concat(p.install, packages)
-	err = m.run(ctx, false, command[0], command[1:]...)
+	err = m.install(ctx, p, packages)
 	if err != nil && !refreshed && ctx.Err() == nil {
 		// The list of packages may be older than the repository.
-		if rerr := m.run(ctx, false, p.refresh[0], p.refresh[1:]...); rerr != nil {
-			return fmt.Errorf("cannot install %s: %w", strings.Join(packages, " "), errors.Join(err, rerr))
+		if rerr := m.refresh(ctx, p); rerr != nil {
+			return errors.Join(err, rerr)
 		}
-		err = m.run(ctx, false, command[0], command[1:]...)
+		err = m.install(ctx, p, packages)
 	}
 	if err != nil {
-		return fmt.Errorf("cannot install what is missing: %w", err)
+		return err
 	}
-	var still []need
-	for _, n := range m.missing(purposes) {
-		if n.optional == "" {
-			still = append(still, n)
-		}
-	}
-	if len(still) > 0 {
+	if still := required(m.missing(purposes)); len(still) > 0 {
 		return fmt.Errorf("cannot go on: installed %s, but there is still missing:\n  %s", strings.Join(packages, " "), strings.Join(describe(still), "\n  "))
 	}
 	return nil
 }
 
+// offerOptional installs what is optional where that is possible, and says what happens without.
+func (m machine) offerOptional(ctx context.Context, purposes []Purpose) error {
+	p, ok := m.packageManager()
+	for _, n := range m.missing(purposes) {
+		pkg := ""
+		if ok && m.root {
+			pkg = m.available(ctx, p, n)
+		}
+		var err error
+		if pkg != "" {
+			fmt.Fprintf(m.out, "useful to %s: %s (%s)\n", n.purpose, pkg, n.why)
+			err = m.install(ctx, p, []string{pkg})
+		}
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case pkg == "":
+			fmt.Fprintf(m.out, "not found here: %s, which %s; %s\n", n.files[0], n.why, n.optional)
+		case err != nil:
+			fmt.Fprintf(m.out, "%v; %s\n", err, n.optional)
+		}
+	}
+	return nil
+}
+
+func (m machine) install(ctx context.Context, p manager, packages []string) error {
+	fmt.Fprintf(m.out, "installing %s with %s\n", strings.Join(packages, " "), p.name)
+	command := slices.Concat(p.install, packages)
+	if err := m.run(ctx, false, command[0], command[1:]...); err != nil {
+		return fmt.Errorf("cannot install %s: %w", strings.Join(packages, " "), err)
+	}
+	return nil
+}
+
+func (m machine) refresh(ctx context.Context, p manager) error {
+	fmt.Fprintf(m.out, "reading the list of packages (%s)\n", strings.Join(p.refresh, " "))
+	if err := m.run(ctx, false, p.refresh[0], p.refresh[1:]...); err != nil {
+		return fmt.Errorf("cannot read the list of packages: %w", err)
+	}
+	return nil
+}
+
+// available returns the first of a need's packages that the repositories have, "" for none.
+func (m machine) available(ctx context.Context, p manager, n need) string {
+	for _, pkg := range p.names(n.requirement) {
+		command := p.known(pkg)
+		if m.run(ctx, true, command[0], command[1:]...) == nil {
+			return pkg
+		}
+	}
+	return ""
+}
+
 // choose picks a package for each need, reading the repositories anew if they do not know one, and
 // says why each is installed.
 func (m machine) choose(ctx context.Context, p manager, needs []need) (packages []string, refreshed bool, err error) {
-	available := func(n need) string {
-		for _, pkg := range p.names(n.requirement) {
-			command := p.known(pkg)
-			// dnf lists no paths; it resolves them when it installs.
-			if p.name == "dnf" && strings.HasPrefix(pkg, "/") {
-				command = []string{"dnf", "-q", "provides", pkg}
-			}
-			if m.run(ctx, true, command[0], command[1:]...) == nil {
-				return pkg
-			}
-		}
-		return ""
-	}
 	for _, n := range needs {
-		pkg := available(n)
+		pkg := m.available(ctx, p, n)
 		if pkg == "" && !refreshed {
-			fmt.Fprintf(m.out, "reading the list of packages (%s)\n", strings.Join(p.refresh, " "))
-			if err := m.run(ctx, false, p.refresh[0], p.refresh[1:]...); err != nil {
-				return nil, false, fmt.Errorf("cannot read the list of packages: %w", err)
+			if err := m.refresh(ctx, p); err != nil {
+				return nil, false, err
 			}
 			refreshed = true
-			pkg = available(n)
+			pkg = m.available(ctx, p, n)
 		}
-		switch {
-		case pkg != "":
-			fmt.Fprintf(m.out, "needed to %s: %s (%s)\n", n.purpose, pkg, n.why)
-			packages = append(packages, pkg)
-		case n.optional != "":
-			fmt.Fprintf(m.out, "not to be had here: %s; %s\n", strings.Join(p.names(n.requirement), " or "), n.optional)
-		default:
+		if pkg == "" {
 			return nil, refreshed, fmt.Errorf("cannot %s: the repositories of this machine have no %s, which %s", n.purpose, strings.Join(p.names(n.requirement), " or "), n.why)
 		}
+		fmt.Fprintf(m.out, "needed to %s: %s (%s)\n", n.purpose, pkg, n.why)
+		packages = append(packages, pkg)
 	}
 	return unique(packages), refreshed, nil
 }
