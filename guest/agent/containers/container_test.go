@@ -484,8 +484,17 @@ func TestPurgeAndStopAll(t *testing.T) {
 	ctx := context.Background()
 	// The host never reads this one's output.
 	g.run("stuck", g.spec("yes"), &hostEnd{names: stdioNames{stdout: "stdio://never-opened"}})
+	stuck, err := g.s.container("stuck")
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := g.s.Purge(ctx, "stuck"); err != nil {
 		t.Fatal(err)
+	}
+	bounded, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if await(bounded, stuck.init.done) != nil {
+		t.Error("a wait for the purged container does not end")
 	}
 	g.run("polite", g.spec("sh", "-c", "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.02; done"), g.open(false, false))
 	g.run("deaf", g.spec("sh", "-c", "trap '' TERM; while :; do sleep 0.02; done"), g.open(false, false))
@@ -503,5 +512,123 @@ func TestPurgeAndStopAll(t *testing.T) {
 	}
 	for _, id := range g.s.IDs() {
 		g.delete(id, "")
+	}
+}
+
+// Containers in the pid namespace of the pod do not leave processes behind.
+func TestSharedNamespaces(t *testing.T) {
+	g := newGuest(t)
+	pod, dir := g.pod("the-pod")
+	spec := func(args ...string) *specs.Spec {
+		s := g.spec(args...)
+		for i, ns := range s.Linux.Namespaces {
+			switch ns.Type {
+			case specs.PIDNamespace, specs.IPCNamespace, specs.UTSNamespace:
+				s.Linux.Namespaces[i].Path = dir + "/" + string(ns.Type)
+			}
+		}
+		return s
+	}
+	other := g.open(false, false)
+	g.run("other", spec("sleep", "1000"), other)
+
+	h := g.open(false, false)
+	g.run("c1", spec("sh", "-c", "hostname; ps -o args; setsid sleep 1001 & sleep 0.2; exit 9"), h)
+	if code := g.wait("c1", ""); code != 9 {
+		t.Errorf("exit status %d", code)
+	}
+	h.group.Wait()
+	got := h.stdout.String()
+	for _, want := range []string{"the-pod\n", "sleep 1000\n", "pause"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%q is missing in %q", want, got)
+		}
+	}
+	// The daemon that it left is gone when the exit is reported.
+	h = g.open(false, false)
+	if err := g.exec("other", "ps", h, g.execProcess("ps", "-o", "args")); err != nil {
+		t.Fatal(err)
+	}
+	g.start("other", "ps")
+	g.wait("other", "ps")
+	h.group.Wait()
+	if got := h.stdout.String(); strings.Contains(got, "1001") || !strings.Contains(got, "sleep 1000") {
+		t.Errorf("processes afterwards: %q", got)
+	}
+	g.delete("c1", "")
+
+	// The end of one container is not the end of another, that of the pause process is.
+	if err := unix.Kill(pod.PausePID(), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if code := g.wait("other", ""); code != 137 {
+		t.Errorf("exit status %d", code)
+	}
+}
+
+func TestContainersAtOnce(t *testing.T) {
+	g := newGuest(t)
+	const n = 6
+	ends := make([]*hostEnd, n)
+	errs := make(chan error, n)
+	for i := range n {
+		ends[i] = g.open(false, false)
+	}
+	ctx := context.Background()
+	for i := range n {
+		go func() {
+			errs <- func() error {
+				id := fmt.Sprintf("c%d", i)
+				if err := g.create(id, g.spec("sh", "-c", fmt.Sprintf("echo %d; exit %d", i, i)), ends[i]); err != nil {
+					return err
+				}
+				if _, err := g.s.Start(ctx, &taskv3.StartRequest{ID: id}); err != nil {
+					return err
+				}
+				r, err := g.s.Wait(ctx, &taskv3.WaitRequest{ID: id})
+				if err == nil && r.ExitStatus != uint32(i) {
+					err = fmt.Errorf("container %d ended with %d", i, r.ExitStatus)
+				}
+				return err
+			}()
+		}()
+	}
+	for range n {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	for i, h := range ends {
+		h.group.Wait()
+		if h.stdout.String() != fmt.Sprintf("%d\n", i) {
+			t.Errorf("container %d wrote %q", i, h.stdout.String())
+		}
+	}
+}
+
+func TestExecsAtOnce(t *testing.T) {
+	g := newGuest(t)
+	g.run("c1", g.spec("sleep", "1000"), g.open(false, false))
+	const n = 6
+	codes := make(chan uint32, n)
+	for i := range n {
+		id := fmt.Sprintf("e%d", i)
+		h := g.open(false, false)
+		if err := g.exec("c1", id, h, g.execProcess("sh", "-c", fmt.Sprintf("exit %d", i))); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			if _, err := g.s.Start(context.Background(), &taskv3.StartRequest{ID: "c1", ExecID: id}); err != nil {
+				t.Error(err)
+			}
+			codes <- g.wait("c1", id)
+		}()
+	}
+	sum := uint32(0)
+	for range n {
+		sum += <-codes
+	}
+	if sum != n*(n-1)/2 {
+		t.Errorf("the exit statuses sum up to %d", sum)
 	}
 }

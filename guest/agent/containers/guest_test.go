@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"kuasar.io/kuasar/guest/agent/namespaces"
 	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/guest/protocol/stdio"
 )
@@ -139,6 +140,18 @@ func (g *guest) checkClean() {
 		}
 		os.Remove(filepath.Join(root, g.cgroup))
 	}
+}
+
+// pod makes the namespaces of a pod and returns their directory.
+func (g *guest) pod(hostname string) (*namespaces.Pod, string) {
+	g.t.Helper()
+	dir := filepath.Join(filepath.Dir(g.rootfs), "ns")
+	pod, err := namespaces.SetupIn(dir, true, hostname)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { pod.Close() })
+	return pod, dir
 }
 
 // spec is what a CRI gives for a container, rewritten for the guest.

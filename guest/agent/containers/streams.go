@@ -284,6 +284,10 @@ var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
 func (p *outputPump) run(ctx context.Context) {
 	defer close(p.done)
+	if p.dst != nil {
+		// A host that takes nothing keeps Write waiting; closing the stream ends that as well.
+		defer context.AfterFunc(ctx, func() { p.dst.Close(ctx) })()
+	}
 	broken := p.dst == nil
 	deliver := func(b []byte) {
 		if broken {

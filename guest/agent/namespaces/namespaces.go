@@ -32,10 +32,11 @@ type Pod struct {
 // namespace with a pause process as its init. It is called once per guest. After an error nothing
 // is left.
 func Setup(sharedPID bool, hostname string) (*Pod, error) {
-	return setup(protocol.NamespaceDir, sharedPID, hostname)
+	return SetupIn(protocol.NamespaceDir, sharedPID, hostname)
 }
 
-func setup(dir string, sharedPID bool, hostname string) (_ *Pod, err error) {
+// SetupIn is Setup with another directory than protocol.NamespaceDir.
+func SetupIn(dir string, sharedPID bool, hostname string) (_ *Pod, err error) {
 	p := &Pod{dir: dir}
 	defer func() {
 		if err != nil {

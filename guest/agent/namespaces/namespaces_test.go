@@ -32,7 +32,7 @@ func TestSetupKeepsNamespaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pod, err := setup(dir, true, "pod-name")
+	pod, err := SetupIn(dir, true, "pod-name")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,12 +97,12 @@ func TestSetupKeepsNamespaces(t *testing.T) {
 func TestSetupTwiceLeavesFirst(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()
-	pod, err := setup(dir, false, "")
+	pod, err := SetupIn(dir, false, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer pod.Close()
-	if _, err := setup(dir, true, ""); !errors.Is(err, os.ErrExist) {
+	if _, err := SetupIn(dir, true, ""); !errors.Is(err, os.ErrExist) {
 		t.Errorf("second setup: %v", err)
 	}
 	var st unix.Stat_t
@@ -113,7 +113,7 @@ func TestSetupTwiceLeavesFirst(t *testing.T) {
 
 func TestPauseReaps(t *testing.T) {
 	needRoot(t)
-	pod, err := setup(t.TempDir(), true, "")
+	pod, err := SetupIn(t.TempDir(), true, "")
 	if err != nil {
 		t.Fatal(err)
 	}
