@@ -78,6 +78,9 @@ func run(m *testing.M) (code int, err error) {
 	if sandboxer, err = bed.StartSandboxer(ctx, node.Plugin, nil); err != nil {
 		return 1, err
 	}
+	if err := warm(ctx); err != nil {
+		return 1, err
+	}
 	interrupted := make(chan struct{})
 	go func() {
 		<-ctx.Done()
@@ -91,6 +94,27 @@ func run(m *testing.M) (code int, err error) {
 	case <-interrupted:
 		return 1, errors.New("interrupted")
 	}
+}
+
+// warm runs a first pod: containerd and the CNI plugins make some directories with it that stay.
+func warm(ctx context.Context) error {
+	logs, err := os.MkdirTemp(bed.Dir, "logs")
+	if err != nil {
+		return err
+	}
+	podConfig, containerConfig := newPodConfig("warm", logs), container("true")
+	pod, err := bed.CRI.RunPod(ctx, podConfig, node.Handler)
+	if err != nil {
+		return fmt.Errorf("cannot run a first pod: %w\n%s", err, node.Tail(sandboxer.Log, 12))
+	}
+	id, err := bed.CRI.Create(ctx, pod, podConfig, containerConfig)
+	if err == nil {
+		err = bed.CRI.Start(ctx, id)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot run a first container: %w\n%s", err, node.Tail(sandboxer.Log, 12))
+	}
+	return bed.CRI.RemovePod(ctx, pod)
 }
 
 // removeCgroups removes the empty parents, in every hierarchy, that the sandboxer was told to use.
@@ -132,7 +156,7 @@ func begin(t *testing.T) context.Context {
 		}
 		if t.Failed() {
 			keepLogs(t)
-			t.Logf("the sandboxer's last lines:\n%s", node.Tail(sandboxer.Log, 25))
+			t.Logf("the sandboxer's last lines:\n%s", node.Tail(sandboxer.Log, 12))
 		}
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
@@ -161,11 +185,14 @@ var number int
 
 // podConfig returns the configuration of a pod with the test's name.
 func podConfig(t *testing.T) *runtimeapi.PodSandboxConfig {
+	return newPodConfig(strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), t.TempDir())
+}
+
+func newPodConfig(name, logs string) *runtimeapi.PodSandboxConfig {
 	number++
-	name := strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-"))
 	return &runtimeapi.PodSandboxConfig{
-		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: fmt.Sprint(name, "-", number), Attempt: 0},
-		LogDirectory: t.TempDir(),
+		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: fmt.Sprint(name, "-", number)},
+		LogDirectory: logs,
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
 			CgroupParent: cgroupParent,
 			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{

@@ -60,6 +60,7 @@ func (m *measurer) bootOnce(ctx context.Context, kernel string) (float64, error)
 		"-kernel", kernel, "-initrd", m.config.Initrd, "-append", m.option("-append"),
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=agent,server=on,wait=off,path=" + filepath.Join(dir, "agent"),
 		"-device", "virtserialport,chardev=agent,name=kuasar.agent.0",
+		"-fsdev", "local,id=share,security_model=none,path=" + dir, "-device", "virtio-9p-pci,fsdev=share,mount_tag=kuasar",
 	}
 	cmd := exec.CommandContext(ctx, m.commandLine[0], args...)
 	var errors strings.Builder
