@@ -3,9 +3,11 @@ package container
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,6 +20,7 @@ import (
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	task "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -220,12 +223,12 @@ func TestCreateFails(t *testing.T) {
 	boom := errors.New("boom")
 	refuse := func(method string) func(*pod, *CreateRequest) {
 		return func(p *pod, _ *CreateRequest) {
-			p.guest.Intercept = func(_ context.Context, m, _, _ string) error {
+			p.guest.Intercept(func(_ context.Context, m, _, _ string) error {
 				if m == method {
 					return status.Error(codes.Internal, "boom")
 				}
 				return nil
-			}
+			})
 		}
 	}
 	tests := map[string]struct {
@@ -275,14 +278,14 @@ func TestCreateFails(t *testing.T) {
 func TestCreateCancelled(t *testing.T) {
 	p := newPod(t)
 	hanging := make(chan struct{})
-	p.guest.Intercept = func(ctx context.Context, m, _, _ string) error {
+	p.guest.Intercept(func(ctx context.Context, m, _, _ string) error {
 		if m == "Create" {
 			close(hanging)
 			<-ctx.Done()
 			return ctx.Err()
 		}
 		return nil
-	}
+	})
 	created := make(chan error, 1)
 	go func() {
 		_, err := p.Create(testContext(t), CreateRequest{ID: "c1", Spec: encode(t, spec("true")), Rootfs: rootfs()})
@@ -308,7 +311,7 @@ func TestDeleteNeedsNoGuest(t *testing.T) {
 	p := newPod(t)
 	p.run("c1", IO{}, "true")
 	p.wait("c1", "")
-	p.guest.Intercept = func(_ context.Context, m, _, _ string) error { return status.Error(codes.Unavailable, "wedged") }
+	p.guest.Intercept(func(_ context.Context, m, _, _ string) error { return status.Error(codes.Unavailable, "wedged") })
 	if _, err := p.Delete(testContext(t), "c1", ""); err != nil {
 		t.Fatal(err)
 	}
@@ -595,12 +598,12 @@ func TestExecRefused(t *testing.T) {
 	if !errdefs.IsNotFound(err) {
 		t.Errorf("vanished FIFO: %v", err)
 	}
-	p.guest.Intercept = func(_ context.Context, m, _, _ string) error {
+	p.guest.Intercept(func(_ context.Context, m, _, _ string) error {
 		if m == "Exec" {
 			return status.Error(codes.Internal, "boom")
 		}
 		return nil
-	}
+	})
 	if err := p.Exec(testContext(t), ExecRequest{ID: "c1", ExecID: "e", Spec: encode(t, spec("true").Process)}); !errdefs.IsInternal(err) {
 		t.Errorf("refused by the guest: %v", err)
 	}
@@ -665,14 +668,14 @@ func TestGuestGone(t *testing.T) {
 func TestGuestGoneWhileCreating(t *testing.T) {
 	p := newPod(t)
 	hanging := make(chan struct{})
-	p.guest.Intercept = func(ctx context.Context, m, _, _ string) error {
+	p.guest.Intercept(func(ctx context.Context, m, _, _ string) error {
 		if m == "PrepareContainer" {
 			close(hanging)
 			<-ctx.Done()
 			return ctx.Err()
 		}
 		return nil
-	}
+	})
 	created := make(chan error, 1)
 	go func() {
 		_, err := p.Create(testContext(t), CreateRequest{ID: "c1", Spec: encode(t, spec("true")), Rootfs: rootfs()})
@@ -726,11 +729,11 @@ func TestOOM(t *testing.T) {
 				var mu sync.Mutex
 				counter := uint64(0)
 				if answer != nil {
-					p.guest.StatsAny = func(string) (*task.StatsResponse, error) {
+					p.guest.AnswerStats(func(string) (*task.StatsResponse, error) {
 						mu.Lock()
 						defer mu.Unlock()
 						return packed(t, answer(counter)), nil
-					}
+					})
 				}
 				p.run("c1", IO{}, "sleep")
 				if answer != nil {
@@ -748,7 +751,7 @@ func TestOOM(t *testing.T) {
 				p.OOM("unknown")
 				p.Kill(testContext(t), "c1", "", 9, true)
 				p.wait("c1", "")
-				p.guest.StatsAny = nil // its cgroup is gone
+				p.guest.AnswerStats(nil) // its cgroup is gone
 				m, err := p.Stats(testContext(t), "c1")
 				if err != nil || oomOf(m) != 1 {
 					t.Errorf("after the exit: %v, %v", m, err)
@@ -766,9 +769,9 @@ func TestStatsOfSlowGuest(t *testing.T) {
 	if _, err := p.Stats(testContext(t), "c1"); err == nil {
 		t.Error("statistics from nowhere")
 	}
-	p.guest.StatsAny = func(string) (*task.StatsResponse, error) {
+	p.guest.AnswerStats(func(string) (*task.StatsResponse, error) {
 		return packed(t, &cgroup2.Metrics{Memory: &cgroup2.MemoryStat{Usage: 7}}), nil
-	}
+	})
 	if _, err := p.Stats(testContext(t), "c1"); err != nil {
 		t.Fatal(err)
 	}
@@ -790,10 +793,10 @@ func TestStatsOfSlowGuest(t *testing.T) {
 	}
 	release := make(chan struct{})
 	defer close(release)
-	p.guest.StatsAny = func(string) (*task.StatsResponse, error) {
+	p.guest.AnswerStats(func(string) (*task.StatsResponse, error) {
 		<-release
 		return nil, errors.New("late")
-	}
+	})
 	p.mu.Lock()
 	p.mu.Unlock()
 	p.Set.mu.Lock()
@@ -833,20 +836,20 @@ func TestHostileGuest(t *testing.T) {
 			p.run("c1", IO{}, "true")
 		},
 		"stats type": func(t *testing.T, p *pod) {
-			p.guest.StatsAny = func(string) (*task.StatsResponse, error) {
+			p.guest.AnswerStats(func(string) (*task.StatsResponse, error) {
 				return &task.StatsResponse{Stats: &anypb.Any{TypeUrl: "kuasar.Evil"}}, nil
-			}
+			})
 			p.run("c1", IO{}, "sleep")
 			if _, err := p.Stats(testContext(t), "c1"); err == nil {
 				t.Error("accepted")
 			}
 		},
 		"stats bytes": func(t *testing.T, p *pod) {
-			p.guest.StatsAny = func(string) (*task.StatsResponse, error) {
+			p.guest.AnswerStats(func(string) (*task.StatsResponse, error) {
 				r := packed(t, &cgroup1.Metrics{})
 				r.Stats.Value = []byte{0xff}
 				return r, nil
-			}
+			})
 			p.run("c1", IO{}, "sleep")
 			if _, err := p.Stats(testContext(t), "c1"); err == nil {
 				t.Error("accepted")
@@ -854,10 +857,10 @@ func TestHostileGuest(t *testing.T) {
 		},
 		"long frame": func(t *testing.T, p *pod) {
 			p.run("c1", IO{}, "sleep")
-			p.guest.Intercept = func(_ context.Context, m, _, _ string) error {
+			p.guest.Intercept(func(_ context.Context, m, _, _ string) error {
 				// What the ttrpc client makes of such a frame.
 				return status.Error(codes.ResourceExhausted, "message length 4194305 exceed maximum message size of 4194304")
-			}
+			})
 			if err := p.Pause(testContext(t), "c1"); err == nil {
 				t.Error("accepted")
 			}
@@ -902,9 +905,9 @@ func TestAbsurdTime(t *testing.T) {
 // TestLongMessage bounds an error text of the guest and makes it printable.
 func TestLongMessage(t *testing.T) {
 	p := newPod(t)
-	p.guest.Intercept = func(_ context.Context, m, _, _ string) error {
+	p.guest.Intercept(func(_ context.Context, m, _, _ string) error {
 		return status.Error(codes.Internal, "\x1b[31m"+strings.Repeat("x", 1<<20))
-	}
+	})
 	_, err := p.Create(testContext(t), CreateRequest{ID: "c1", Spec: encode(t, spec("true")), Rootfs: rootfs()})
 	if err == nil || len(err.Error()) > 2*maxMessage || strings.Contains(err.Error(), "\x1b") {
 		t.Errorf("%d bytes: %.80q", len(fmt.Sprint(err)), err)
@@ -1092,3 +1095,44 @@ func TestCloseKeepsUnread(t *testing.T) {
 		t.Errorf("%d and %d of %d bytes", len(got), f.stdout.Len(), len(want))
 	}
 }
+
+// TestLongFrame answers a call with a frame that is longer than ttrpc allows, on the wire.
+func TestLongFrame(t *testing.T) {
+	p := newPod(t)
+	p.run("c1", IO{}, "sleep")
+	host, guest := net.Pipe()
+	client := ttrpc.NewClient(host)
+	defer client.Close()
+	go func() {
+		head := make([]byte, 10) // length u32, stream id u32, type, flags
+		if _, err := io.ReadFull(guest, head); err != nil {
+			return
+		}
+		io.CopyN(io.Discard, guest, int64(binary.BigEndian.Uint32(head)))
+		const long = 4<<20 + 1
+		binary.BigEndian.PutUint32(head, long)
+		head[8] = 2 // a response
+		guest.Write(head)
+		guest.Write(make([]byte, long))
+	}()
+	next := &pod{t: t, guest: p.guest, storage: p.storage}
+	opts := next.options()
+	opts.Guest = wired{p.guest, task.NewTTRPCTaskClient(client)}
+	next.Set = NewSet(opts)
+	defer next.Set.Close()
+	_, err := next.Create(testContext(t), CreateRequest{ID: "c2", Spec: encode(t, spec("true")), Rootfs: rootfs()})
+	if err == nil {
+		t.Error("accepted")
+	}
+	if got := next.failures(); len(got) != 1 || !strings.Contains(got[0].Error(), "too long") {
+		t.Errorf("violations: %v", got)
+	}
+}
+
+// wired is a guest whose Task service is somewhere else.
+type wired struct {
+	*guesttest.Guest
+	service task.TTRPCTaskService
+}
+
+func (w wired) Task() task.TTRPCTaskService { return w.service }

@@ -15,6 +15,10 @@ import (
 // ClientStream is one connection of a client that carries one standard stream. It is used in one
 // direction only, by one goroutine.
 type ClientStream interface {
+	// Accept tells the client that its connection is taken. It is called once, after the
+	// connection has its place, so that of two the one that was accepted later counts. Send and
+	// Receive may be called meanwhile and wait for it.
+	Accept() error
 	// Send delivers output and returns how much of it was; it blocks while the client's window is
 	// full. An error means that the connection is no use any more.
 	Send(ctx context.Context, p []byte) (int, error)
@@ -97,6 +101,8 @@ func (s *Set) ServeStream(ctx context.Context, id string, conn ClientStream) err
 	sl.set(conn)
 	changed := sl.changed
 	t.mu.Unlock()
+	// A failure means that the connection is lost, which ctx tells as well.
+	conn.Accept()
 
 	for {
 		select {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	streaming "github.com/containerd/containerd/api/services/streaming/v1"
@@ -119,6 +120,17 @@ func (l trackedListener) Accept() (net.Conn, error) {
 type trackedConn struct {
 	net.Conn
 	server *Server
+}
+
+// Write reports no error when the client has closed the connection. The ttrpc server would give
+// the connection up at once, and with it what the client had sent before: the last input of an
+// exec whose client is quick. The reading side finds the end after that.
+func (c *trackedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		return len(p), nil
+	}
+	return n, err
 }
 
 func (c *trackedConn) Close() error {

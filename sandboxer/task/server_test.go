@@ -137,10 +137,10 @@ func must[A any](t testing.TB) func(A, error) A {
 // TestContainerdOrder makes the calls of a container's life in containerd's order, over ttrpc.
 func TestContainerdOrder(t *testing.T) {
 	p := newPod(t)
-	p.guest.StatsAny = func(string) (*task.StatsResponse, error) {
+	p.guest.AnswerStats(func(string) (*task.StatsResponse, error) {
 		value, _ := proto.Marshal(&cgroup2.Metrics{})
 		return &task.StatsResponse{Stats: &anypb.Any{TypeUrl: "io.containerd.cgroups.v2.Metrics", Value: value}}, nil
-	}
+	})
 	c := task.NewTTRPCTaskClient(p.dial())
 	ctx := testContext(t)
 	req := createRequest(t, "c1", "sleep")

@@ -47,13 +47,6 @@ func (s *Service) Stream(ctx context.Context, messages MessageStream) error {
 	if n := len(init.GetID()); n == 0 || n > 512 {
 		return errgrpc.ToGRPC(fmt.Errorf("id: a stream's id has %d bytes, allowed are 1 to 512: %w", n, errdefs.ErrInvalidArgument))
 	}
-	ack, err := pack(&emptypb.Empty{})
-	if err != nil {
-		return errgrpc.ToGRPC(err)
-	}
-	if err := messages.Send(ack); err != nil {
-		return errgrpc.ToGRPC(err)
-	}
 	return errgrpc.ToGRPC(s.set.ServeStream(ctx, init.GetID(), newConnection(ctx, messages)))
 }
 
@@ -62,6 +55,7 @@ func (s *Service) Stream(ctx context.Context, messages MessageStream) error {
 type connection struct {
 	life     context.Context
 	messages MessageStream
+	accepted chan struct{} // closed when the client was told
 	start    sync.Once
 
 	mu      sync.Mutex
@@ -74,7 +68,28 @@ type connection struct {
 }
 
 func newConnection(life context.Context, messages MessageStream) *connection {
-	return &connection{life: life, messages: messages, changed: make(chan struct{})}
+	return &connection{life: life, messages: messages, accepted: make(chan struct{}), changed: make(chan struct{})}
+}
+
+// Accept implements container.ClientStream.
+func (c *connection) Accept() error {
+	defer close(c.accepted)
+	ack, err := pack(&emptypb.Empty{})
+	if err != nil {
+		return err
+	}
+	return c.messages.Send(ack)
+}
+
+func (c *connection) waitAccepted(ctx context.Context) error {
+	select {
+	case <-c.accepted:
+		return nil
+	case <-c.life.Done():
+		return context.Cause(c.life)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // update changes the state under the lock and wakes who waits for it.
@@ -109,6 +124,9 @@ func (c *connection) receive(take func(*anypb.Any) error) {
 
 // Send implements container.ClientStream.
 func (c *connection) Send(ctx context.Context, p []byte) (int, error) {
+	if err := c.waitAccepted(ctx); err != nil {
+		return 0, err
+	}
 	c.start.Do(func() {
 		go c.receive(func(m *anypb.Any) error {
 			w := &transfer.WindowUpdate{}
@@ -159,6 +177,9 @@ func (c *connection) Send(ctx context.Context, p []byte) (int, error) {
 
 // Receive implements container.ClientStream.
 func (c *connection) Receive(ctx context.Context) ([]byte, error) {
+	if err := c.waitAccepted(ctx); err != nil {
+		return nil, err
+	}
 	c.start.Do(func() {
 		c.mu.Lock()
 		c.owed = inputWindow

@@ -35,10 +35,6 @@ type Program func(ctx context.Context, p *Process) uint32
 // Guest is the fake. Its fields may be set before it is used.
 type Guest struct {
 	Programs map[string]Program
-	// Intercept, if set, is asked before every call; an error is the call's answer.
-	Intercept func(ctx context.Context, method, id, execID string) error
-	// StatsAny, if set, answers Stats.
-	StatsAny func(id string) (*task.StatsResponse, error)
 	// Exited, if set, may falsify what Wait answers.
 	Exited func(*task.WaitResponse)
 
@@ -54,6 +50,9 @@ type Guest struct {
 	updates [][]byte
 	conns   []net.Conn
 	down    bool
+
+	intercept func(ctx context.Context, method, id, execID string) error
+	stats     func(id string) (*task.StatsResponse, error)
 }
 
 // Process is one process of the fake.
@@ -196,11 +195,26 @@ func (g *Guest) enter(ctx context.Context, method, id, execID string) error {
 	}
 	g.mu.Lock()
 	g.calls = append(g.calls, name)
+	intercept := g.intercept
 	g.mu.Unlock()
-	if g.Intercept != nil {
-		return g.Intercept(ctx, method, id, execID)
+	if intercept != nil {
+		return intercept(ctx, method, id, execID)
 	}
 	return nil
+}
+
+// Intercept has f asked before every call from now on; an error is the call's answer.
+func (g *Guest) Intercept(f func(ctx context.Context, method, id, execID string) error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.intercept = f
+}
+
+// AnswerStats has f answer Stats from now on; nil answers with an error.
+func (g *Guest) AnswerStats(f func(id string) (*task.StatsResponse, error)) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.stats = f
 }
 
 func key(id, execID string) string { return id + "/" + execID }
@@ -506,10 +520,13 @@ func (s *taskService) Stats(ctx context.Context, r *task.StatsRequest) (*task.St
 	if err := g.enter(ctx, "Stats", r.GetID(), ""); err != nil {
 		return nil, err
 	}
-	if g.StatsAny == nil {
+	g.mu.Lock()
+	stats := g.stats
+	g.mu.Unlock()
+	if stats == nil {
 		return nil, errors.New("no statistics")
 	}
-	return g.StatsAny(r.GetID())
+	return stats(r.GetID())
 }
 
 func (s *taskService) unexpected(method string) error {
