@@ -178,6 +178,7 @@ func (b *boot) run(ctx context.Context) error {
 		attrs = append(attrs, slog.Duration(s.Stage, s.Duration))
 	}
 	b.log.Info("pod started", attrs...)
+	b.m.changed.Store(true)
 	go b.watch()
 	return nil
 }

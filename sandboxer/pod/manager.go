@@ -9,7 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -60,6 +62,8 @@ type Manager struct {
 
 	mu   sync.Mutex
 	pods map[string]*Pod
+	// changed says that pods came or went since memory was last given back.
+	changed atomic.Bool
 
 	// afterStage is called between two stages of a boot; for tests.
 	afterStage func(id, stage string)
@@ -185,6 +189,7 @@ func (m *Manager) forget(p *Pod) {
 	if m.pods[p.id] == p {
 		delete(m.pods, p.id)
 	}
+	m.changed.Store(true)
 }
 
 func (m *Manager) all() []*Pod {
@@ -290,6 +295,11 @@ func (m *Manager) Run(ctx context.Context) {
 			m.setClocks(ctx)
 		case now := <-sweep.C:
 			m.sweep(ctx, now)
+			// A boot and an end need memory that an idle pod does not: buffers, deep stacks. The
+			// runtime by itself would keep it for as long as nothing happens.
+			if m.changed.Swap(false) {
+				debug.FreeOSMemory()
+			}
 		}
 	}
 }

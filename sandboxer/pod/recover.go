@@ -267,4 +267,5 @@ func (m *Manager) insert(p *Pod) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.pods[p.id] = p
+	m.changed.Store(true)
 }
