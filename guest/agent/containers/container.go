@@ -305,14 +305,9 @@ func (c *container) endStreams(names stdioNames) {
 }
 
 func (c *container) startExec(p *process) error {
-	p.mu.Lock()
-	if p.status != task.Status_CREATED || p.starting {
-		p.mu.Unlock()
+	if !p.claim() {
 		return fmt.Errorf("cannot start %s: it has been started: %w", p, errdefs.ErrFailedPrecondition)
 	}
-	p.starting = true
-	p.mu.Unlock()
-
 	lc, err := c.library()
 	if err == nil && c.init.hasExited() {
 		err = fmt.Errorf("the container has ended: %w", errdefs.ErrFailedPrecondition)
@@ -460,6 +455,19 @@ func (c *container) remove(ctx context.Context) error {
 
 // finish removes what is left of an ended container. busy is held.
 func (c *container) finish() error {
+	c.mu.Lock()
+	var idle []*process
+	for _, p := range c.execs {
+		if p.claim() {
+			idle = append(idle, p)
+		}
+	}
+	c.mu.Unlock()
+	for _, p := range idle {
+		// Nobody can start it any more, but somebody may wait for it.
+		c.endStreams(p.stdio)
+		p.fail()
+	}
 	if lc, err := c.library(); err == nil {
 		if err := c.destroy(lc); err != nil {
 			return fmt.Errorf("cannot delete container %s: %w", c.id, err)
@@ -472,17 +480,14 @@ func (c *container) finish() error {
 
 // removeExec forgets an exec that has ended or was never started.
 func (c *container) removeExec(ctx context.Context, p *process) error {
-	p.mu.Lock()
-	status, starting := p.status, p.starting
-	p.mu.Unlock()
 	switch {
-	case status == task.Status_STOPPED:
+	case p.claim():
+		c.endStreams(p.stdio)
+		p.fail()
+	case p.statusNow() == task.Status_STOPPED:
 		if err := await(ctx, p.done); err != nil {
 			return fmt.Errorf("cannot delete %s: its output is not at the host yet: %w", p, err)
 		}
-	case status == task.Status_CREATED && !starting:
-		c.endStreams(p.stdio)
-		p.fail()
 	default:
 		return fmt.Errorf("cannot delete %s: it is running: %w", p, errdefs.ErrFailedPrecondition)
 	}

@@ -279,10 +279,24 @@ func TestExec(t *testing.T) {
 	g.delete("c1", "e3")
 	h.group.Wait()
 
+	h = g.open(true, false)
+	if err := g.exec("c1", "idle", h, g.execProcess("true")); err != nil {
+		t.Fatal(err)
+	}
+	_, idle, err := g.s.process("c1", "idle")
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := g.kill("c1", "", unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	g.wait("c1", "")
+	defer func() {
+		g.delete("c1", "")
+		// A wait for the one that was never started ends with the container.
+		<-idle.done
+		h.group.Wait()
+	}()
 	if err := g.exec("c1", "e4", g.open(false, false), g.execProcess("true")); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("exec in an ended container: %v", err)
 	}

@@ -36,7 +36,7 @@ type process struct {
 
 	mu         sync.Mutex
 	status     task.Status
-	starting   bool // an exec on its way from CREATED to RUNNING
+	claimed    bool // an exec that is being started or dropped
 	pid        uint32
 	exitStatus uint32
 	exitedAt   time.Time
@@ -80,6 +80,18 @@ func (p *process) statusNow() task.Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.status
+}
+
+// claim gives the caller the say over an exec that has not been started: it alone starts it or
+// drops it.
+func (p *process) claim() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.status != task.Status_CREATED || p.claimed {
+		return false
+	}
+	p.claimed = true
+	return true
 }
 
 func (p *process) hasExited() bool {
