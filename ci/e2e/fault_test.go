@@ -6,6 +6,8 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -31,10 +33,16 @@ func startFaulty(ctx context.Context, t *testing.T, settings node.Settings) *nod
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the faulty sandboxer's last lines:\n%s", node.Tail(s.Log, 15))
+			t.Logf("the faulty sandboxer's last lines:\n%s", lastLines(s.Log))
 		}
 		if err := s.Stop(); err != nil {
 			t.Error(err)
+		}
+		// Its own files begin with a dot; whatever else there is belongs to a pod, and the census
+		// finds it.
+		own, _ := filepath.Glob(filepath.Join(s.Dir, ".*"))
+		for _, path := range own {
+			os.Remove(path)
 		}
 	})
 	return s
@@ -63,8 +71,13 @@ func failToRun(ctx context.Context, t *testing.T, handler string, texts ...strin
 		}
 		t.Fatal("the pod runs")
 	}
-	if took > limit8s {
-		t.Errorf("the failure took %v, more than %v", took, limit8s)
+	// While others use the processors a boot may take longer; the error says by how much.
+	starved := time.Duration(0)
+	if match := regexp.MustCompile(`([0-9.]+m?s) of which the hypervisor waited for a CPU`).FindStringSubmatch(err.Error()); match != nil {
+		starved, _ = time.ParseDuration(match[1])
+	}
+	if took-starved > limit8s {
+		t.Errorf("the failure took %v, more than %v: %v", took, limit8s, err)
 	}
 	for _, text := range texts {
 		if !strings.Contains(err.Error(), text) {
@@ -187,24 +200,24 @@ func TestMachineThatIsKilledDuringItsBoot(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			ctx := begin(t)
 			type outcome struct {
-				id   string
-				err  error
-				took time.Duration
+				id  string
+				err error
 			}
 			done := make(chan outcome, 1)
 			config := podConfig(t)
-			began := time.Now()
 			go func() {
 				id, err := bed.CRI.RunPod(ctx, config, node.Handler)
-				done <- outcome{id, err, time.Since(began)}
+				done <- outcome{id, err}
 			}()
 			var result *outcome
+			var at time.Time // when it was killed
 			for killed := false; !killed && result == nil; {
 				select {
 				case ended := <-done:
 					result = &ended
 				default:
 				}
+				time.Sleep(time.Millisecond)
 				entries, _ := os.ReadDir(sandboxer.Dir)
 				for _, entry := range entries {
 					pid, _, err := sandboxer.VMM(entry.Name())
@@ -214,7 +227,7 @@ func TestMachineThatIsKilledDuringItsBoot(t *testing.T) {
 					if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 						t.Error(err)
 					}
-					killed = true
+					killed, at = true, time.Now()
 				}
 			}
 			if result == nil {
@@ -222,8 +235,8 @@ func TestMachineThatIsKilledDuringItsBoot(t *testing.T) {
 				result = &ended
 			}
 			if result.err != nil {
-				if result.took > limit8s {
-					t.Errorf("the failure took %v, more than %v", result.took, limit8s)
+				if took := time.Since(at); took > limit8s {
+					t.Errorf("the failure took %v, more than %v", took, limit8s)
 				}
 				if !strings.Contains(result.err.Error(), "stage") || !strings.Contains(result.err.Error(), "killed") {
 					t.Errorf("the error names no stage or not the cause: %v", result.err)
@@ -269,7 +282,7 @@ func TestStateDirectoryThatIsFull(t *testing.T) {
 	}
 	filler.Close()
 	failToRun(ctx, t, node.HandlerFaulty, "no space left on device")
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+	if entries, err := filepath.Glob(filepath.Join(dir, "[^.]*")); err != nil || !slices.Equal(entries, []string{filler.Name()}) {
 		t.Errorf("besides the filler, the state directory holds %v, %v", entries, err)
 	}
 
@@ -331,9 +344,10 @@ func TestHostileGuest(t *testing.T) {
 				answer, err := bed.CRI.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id})
 				return err == nil && answer.Status.State == runtimeapi.PodSandboxState_SANDBOX_NOTREADY
 			})
-			if _, _, err := faulty.VMM(id); err == nil {
-				t.Error("its virtual machine still runs")
-			}
+			eventually(ctx, t, "its virtual machine ends", func() bool {
+				_, _, err := faulty.VMM(id)
+				return err != nil
+			})
 			if !faulty.Running() {
 				t.Fatal("the sandboxer has ended")
 			}

@@ -103,7 +103,7 @@ func warm(ctx context.Context) error {
 		return err
 	}
 	podConfig, containerConfig := newPodConfig("warm", logs), container("true")
-	pod, err := bed.CRI.RunPod(ctx, podConfig, node.Handler)
+	pod, err := bed.CRI.RunPod(ctx, podConfig, node.HandlerDualStack)
 	if err != nil {
 		return fmt.Errorf("cannot run a first pod: %w\n%s", err, node.Tail(sandboxer.Log, 12))
 	}
@@ -156,10 +156,10 @@ func begin(t *testing.T) context.Context {
 		}
 		if t.Failed() {
 			keepLogs(t)
-			t.Logf("the sandboxer's last lines:\n%s", node.Tail(sandboxer.Log, 12))
+			t.Logf("the sandboxer's last lines:\n%s", lastLines(sandboxer.Log))
 		}
 	})
-	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -172,6 +172,18 @@ func keepLogs(t *testing.T) {
 		return
 	}
 	t.Logf("the logs are in %s", dir)
+}
+
+// lastLines returns what a sandboxer logged last that is worth reading among the results of a test;
+// all of it is in the file.
+func lastLines(log string) string {
+	var lines []string
+	for line := range strings.Lines(node.Tail(log, 200)) {
+		if !strings.Contains(line, "level=DEBUG") {
+			lines = append(lines, fmt.Sprintf("%.600s", strings.TrimSuffix(line, "\n")))
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-8):], "\n")
 }
 
 // pod is a running pod of a test.

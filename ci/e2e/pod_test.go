@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"net"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -301,6 +303,9 @@ func TestTenPodsAtOnce(t *testing.T) {
 	if distinct := slices.Compact(slices.Clone(outputs)); len(distinct) != len(outputs) {
 		t.Errorf("the pods' addresses are not distinct:\n%s", strings.Join(outputs, ""))
 	}
+	// Whatever became of ctx.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
 	for _, id := range ids {
 		if id != "" {
 			all.Go(func() {
