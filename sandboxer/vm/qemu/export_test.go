@@ -1,6 +1,11 @@
 package qemu
 
-import "kuasar.io/kuasar/sandboxer/vm"
+import (
+	"context"
+	"log/slog"
+
+	"kuasar.io/kuasar/sandboxer/vm"
+)
 
 // DropMonitor closes the machine's connections to QEMU, as the end of its daemon does.
 func DropMonitor(machine vm.Machine) {
@@ -10,4 +15,28 @@ func DropMonitor(machine vm.Machine) {
 	m.mu.Unlock()
 	client.Close()
 	console.conn.Close()
+}
+
+// TryKVM boots the kernel as New does to find out whether KVM works.
+func TryKVM(d *Driver, kernel string) error { return d.tryKVM(kernel) }
+
+// CommandLine is what Start would execute; descriptors are numbered from 3.
+func CommandLine(d *Driver, s vm.Spec) []string {
+	args, _ := d.commandLine(s, sockets{})
+	return args
+}
+
+const (
+	LogLimit  = logLimit
+	RootPorts = rootPorts
+)
+
+// Drain runs a console on a socket until its other end closes.
+func Drain(ctx context.Context, socket, path string, log *slog.Logger) (tail func() []string, panicked <-chan string, err error) {
+	ch := make(chan string, 1)
+	c, err := openConsole(ctx, socket, path, ch, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	return func() []string { <-c.done; return c.lines(consoleLines) }, ch, nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -25,6 +26,11 @@ type process struct {
 // files (from 3 on), inside the cgroups of the given cgroup.procs files from its first instruction.
 // It outlives this daemon.
 func spawn(path string, args []string, stdio [3]int, files []*os.File, cgroupProcs []string) (*process, error) {
+	// Whoever started this daemon may have left it descriptors that are not close-on-exec. They are
+	// no business of a hypervisor.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("cannot keep descriptors from the hypervisor: %w", err)
+	}
 	attr := &syscall.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},

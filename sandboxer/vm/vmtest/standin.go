@@ -1,0 +1,486 @@
+package vmtest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/guest/protocol/mux"
+)
+
+// Behaviour is what a stand-in does beside what QEMU would do. The zero value behaves.
+type Behaviour struct {
+	// Version is the first line of --version; empty means a plausible one.
+	Version string
+	// Stderr is said at the start; with Exit set, the program then ends with that status.
+	Stderr string
+	Exit   int
+	// Silent makes the monitor never greet.
+	Silent bool
+	// DieAfter ends the program by SIGKILL instead of answering the n-th command.
+	DieAfter int
+	// Status is the answer to query-status; empty means running.
+	Status string
+	// Console is printed on the serial line; with Panic set the program ends well after it.
+	Console string
+	Panic   bool
+	// Agent serves the multiplex and says hello. HelloBytes is sent instead of a hello.
+	Agent      bool
+	HelloBytes []byte
+	// IgnoreQuit and IgnoreUnplug make the program refuse to end, and the guest to let go.
+	IgnoreQuit, IgnoreUnplug bool
+	// Refuse is a command that is answered with an error.
+	Refuse string
+}
+
+const behaviourFile = "behaviour.json"
+
+// StandIn makes a program that behaves as told and returns its path. The test's TestMain must call
+// RunStandIn first.
+func StandIn(t testing.TB, b Behaviour) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	config, err := json.Marshal(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, behaviourFile), config, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "qemu-system-x86_64")
+	if err := os.Symlink(self, path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// RunStandIn turns this process into a QEMU and never returns, if it was started as one.
+func RunStandIn() {
+	if !strings.HasPrefix(filepath.Base(os.Args[0]), "qemu-system-") {
+		return
+	}
+	if err := runStandIn(os.Args[1:]); err != nil {
+		fmt.Fprintf(os.Stderr, "qemu-system-x86_64: %v\n", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func runStandIn(args []string) error {
+	inheritedFDs, err := openFDs()
+	if err != nil {
+		return err
+	}
+	var b Behaviour
+	config, err := os.ReadFile(filepath.Join(filepath.Dir(os.Args[0]), behaviourFile))
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(config, &b); err != nil {
+		return err
+	}
+	if len(args) == 1 && args[0] == "--version" {
+		if b.Version == "" {
+			b.Version = "QEMU emulator version 7.2.22 (stand-in)"
+		}
+		fmt.Println(b.Version)
+		return nil
+	}
+	if len(args) > 1 && args[1] == "kvm-probe" {
+		// A boot that shows whether KVM works; nothing of it is worth checking here.
+		io.WriteString(os.Stdout, b.Console)
+		io.WriteString(os.Stderr, b.Stderr)
+		if b.Silent {
+			syscall.Pause()
+		}
+		os.Exit(b.Exit)
+	}
+	cl, err := ParseCommandLine(args)
+	if err != nil {
+		return err
+	}
+	if err := cl.checkFDs(inheritedFDs); err != nil {
+		return err
+	}
+	io.WriteString(os.Stderr, b.Stderr)
+	if b.Exit != 0 {
+		os.Exit(b.Exit)
+	}
+	return (&standIn{behaviour: b, line: cl, disks: map[string]string{}, nodes: map[string]*os.File{}, sets: map[int]*os.File{}}).run()
+}
+
+// openFDs lists the descriptors that the process has inherited beyond the standard ones.
+func openFDs() (map[int]bool, error) {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return nil, err
+	}
+	fds := make(map[int]bool)
+	for _, e := range entries {
+		var fd int
+		fmt.Sscan(e.Name(), &fd)
+		target, err := os.Readlink("/proc/self/fd/" + e.Name())
+		// What Go's runtime opens for itself, and the directory that was just read.
+		if err != nil || fd <= 2 || strings.HasPrefix(target, "anon_inode:[event") || strings.HasSuffix(target, "/fd") ||
+			strings.HasPrefix(target, "/sys/fs/cgroup/") {
+			continue
+		}
+		fds[fd] = true
+	}
+	return fds, nil
+}
+
+// standIn is a running stand-in.
+type standIn struct {
+	behaviour Behaviour
+	line      *CommandLine
+	server    *Server
+
+	mu      sync.Mutex
+	sets    map[int]*os.File    // fd sets, by number
+	nodes   map[string]*os.File // block nodes
+	disks   map[string]string   // devices and their buses
+	nextSet int
+}
+
+func (s *standIn) run() error {
+	end := make(chan struct{})
+	if fd, ok := s.line.Listening["console"]; ok {
+		l, err := listener(fd)
+		if err != nil {
+			return err
+		}
+		go s.serveConsole(l, end)
+	}
+	if fd, ok := s.line.Listening["agent"]; ok {
+		l, err := listener(fd)
+		if err != nil {
+			return err
+		}
+		go s.serveAgent(l)
+	}
+	l, err := listener(s.line.Listening["qmp"])
+	if err != nil {
+		return err
+	}
+	s.server = &Server{
+		Silent:   s.behaviour.Silent,
+		DieAfter: s.behaviour.DieAfter,
+		OnDie:    func() { syscall.Kill(os.Getpid(), syscall.SIGKILL) },
+		Commands: s.commands(end),
+	}
+	go s.server.Serve(l)
+	<-end
+	return nil
+}
+
+func listener(fd int) (*net.UnixListener, error) {
+	f := os.NewFile(uintptr(fd), "listener")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.UnixListener), nil
+}
+
+func (s *standIn) serveConsole(l net.Listener, end chan struct{}) {
+	said := false
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		if !said {
+			said = true
+			io.WriteString(conn, s.behaviour.Console)
+			if s.behaviour.Panic {
+				close(end)
+				return
+			}
+		}
+		io.Copy(io.Discard, conn)
+		conn.Close()
+	}
+}
+
+func (s *standIn) serveAgent(l *net.UnixListener) {
+	var unanswered []net.Conn
+	for {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			return
+		}
+		if !s.behaviour.Agent {
+			unanswered = append(unanswered, conn) // by a guest that never opens its port
+			continue
+		}
+		go func() {
+			defer conn.Close()
+			ServeAgent(context.Background(), conn, s.behaviour.HelloBytes)
+		}()
+	}
+}
+
+// ServeAgent is an agent behind a connection of the multiplex: it says hello, or sends helloBytes
+// instead, and echoes on every port that the host opens.
+func ServeAgent(ctx context.Context, conn *net.UnixConn, helloBytes []byte) error {
+	f, err := conn.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return err
+	}
+	unix.SetNonblock(fd, true)
+	port := os.NewFile(uintptr(fd), "port")
+	defer port.Close()
+	return mux.Serve(ctx, port, func(session *mux.Session) {
+		go callHome(ctx, session, helloBytes)
+		for {
+			conn, _, err := session.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(conn, conn)
+			}()
+		}
+	})
+}
+
+func callHome(ctx context.Context, session *mux.Session, helloBytes []byte) {
+	conn, err := session.Open(ctx, protocol.PortHello)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	if helloBytes != nil {
+		conn.Write(helloBytes)
+	} else {
+		protocol.WriteMessage(conn, &protocol.Hello{ProtocolVersion: protocol.Version, AgentVersion: "stand-in"})
+	}
+	protocol.ReadMessage(conn, new(protocol.HelloReply))
+}
+
+// commands is what the stand-in's monitor knows.
+func (s *standIn) commands(end chan struct{}) map[string]Handler {
+	var once sync.Once
+	locked := func(f func(args json.RawMessage, file *os.File) (any, error)) Handler {
+		return func(args json.RawMessage, file *os.File) (any, error) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return f(args, file)
+		}
+	}
+	commands := map[string]Handler{
+		"query-status": func(json.RawMessage, *os.File) (any, error) {
+			status := s.behaviour.Status
+			if status == "" {
+				status = "running"
+			}
+			return map[string]any{"status": status, "running": status == "running", "singlestep": false}, nil
+		},
+		"quit": func(json.RawMessage, *os.File) (any, error) {
+			if !s.behaviour.IgnoreQuit {
+				once.Do(func() { close(end) })
+			}
+			return nil, nil
+		},
+		"add-fd":                  locked(s.addFD),
+		"remove-fd":               locked(s.removeFD),
+		"blockdev-add":            locked(s.addNode),
+		"blockdev-del":            locked(s.deleteNode),
+		"device_add":              locked(s.addDevice),
+		"device_del":              locked(s.deleteDevice),
+		"qom-list":                locked(s.listDevices),
+		"query-named-block-nodes": locked(s.listNodes),
+	}
+	if name := s.behaviour.Refuse; name != "" {
+		commands[name] = func(json.RawMessage, *os.File) (any, error) {
+			return nil, errors.New("refused, as told")
+		}
+	}
+	return commands
+}
+
+func (s *standIn) addFD(args json.RawMessage, file *os.File) (any, error) {
+	var a struct {
+		Opaque string `json:"opaque"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	if file == nil {
+		return nil, errors.New("No file descriptor supplied via SCM_RIGHTS")
+	}
+	set := s.nextSet
+	s.nextSet++
+	s.sets[set] = file
+	return map[string]int{"fdset-id": set, "fd": int(file.Fd())}, nil
+}
+
+func (s *standIn) removeFD(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		Set *int `json:"fdset-id"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	if a.Set == nil || s.sets[*a.Set] == nil {
+		return nil, errors.New("File descriptor named 'fdset-id' not found")
+	}
+	s.sets[*a.Set].Close()
+	delete(s.sets, *a.Set)
+	return nil, nil
+}
+
+func (s *standIn) addNode(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		Driver   string `json:"driver"`
+		NodeName string `json:"node-name"`
+		ReadOnly bool   `json:"read-only"`
+		Discard  string `json:"discard"`
+		File     struct {
+			Driver   string `json:"driver"`
+			Filename string `json:"filename"`
+		} `json:"file"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	var set int
+	if n, err := fmt.Sscanf(a.File.Filename, "/dev/fdset/%d", &set); n != 1 || err != nil || s.sets[set] == nil {
+		return nil, fmt.Errorf("Could not open '%s'", a.File.Filename)
+	}
+	if a.Driver != "raw" || a.File.Driver != "file" && a.File.Driver != "host_device" {
+		return nil, errors.New("unknown driver")
+	}
+	if len(a.NodeName) > 31 || s.nodes[a.NodeName] != nil {
+		return nil, errors.New("Invalid or duplicate node-name")
+	}
+	fd, err := unix.FcntlInt(s.sets[set].Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return nil, err
+	}
+	if writable := fd&unix.O_ACCMODE == unix.O_RDWR; writable == a.ReadOnly {
+		return nil, errors.New("the descriptor's access mode does not fit")
+	}
+	dup, err := unix.FcntlInt(s.sets[set].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, err
+	}
+	s.nodes[a.NodeName] = os.NewFile(uintptr(dup), a.NodeName)
+	return nil, nil
+}
+
+func (s *standIn) deleteNode(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		NodeName string `json:"node-name"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	if s.nodes[a.NodeName] == nil {
+		return nil, fmt.Errorf("Failed to find node with node-name='%s'", a.NodeName)
+	}
+	if _, used := s.disks[a.NodeName]; used {
+		return nil, fmt.Errorf("Node %s is in use", a.NodeName)
+	}
+	s.nodes[a.NodeName].Close()
+	delete(s.nodes, a.NodeName)
+	return nil, nil
+}
+
+func (s *standIn) addDevice(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		Driver string `json:"driver"`
+		ID     string `json:"id"`
+		Bus    string `json:"bus"`
+		Drive  string `json:"drive"`
+		Serial string `json:"serial"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	if a.Driver != "virtio-blk-pci" || s.nodes[a.Drive] == nil || a.ID != a.Drive {
+		return nil, errors.New("Property 'virtio-blk-device.drive' can't find value")
+	}
+	if !s.line.RootPorts[a.Bus] {
+		return nil, fmt.Errorf("Bus '%s' not found", a.Bus)
+	}
+	for _, bus := range s.disks {
+		if bus == a.Bus {
+			return nil, fmt.Errorf("PCI: slot 0 function 0 already occupied on %s", bus)
+		}
+	}
+	s.disks[a.ID] = a.Bus
+	return nil, nil
+}
+
+func (s *standIn) deleteDevice(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		ID string `json:"id"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	if _, ok := s.disks[a.ID]; !ok {
+		return nil, &Refusal{"DeviceNotFound", fmt.Sprintf("Device '%s' not found", a.ID)}
+	}
+	if s.behaviour.IgnoreUnplug {
+		return nil, nil
+	}
+	delete(s.disks, a.ID)
+	// As QEMU: the event for a part of the device comes first, and both may precede the answer.
+	s.server.Emit("DEVICE_DELETED", map[string]string{"path": "/machine/peripheral/" + a.ID + "/virtio-backend"})
+	s.server.Emit("DEVICE_DELETED", map[string]string{"device": a.ID, "path": "/machine/peripheral/" + a.ID})
+	return nil, nil
+}
+
+func (s *standIn) listDevices(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		Path string `json:"path"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil || a.Path != "/machine/peripheral" {
+		return nil, &Refusal{"DeviceNotFound", "Device '" + a.Path + "' not found"}
+	}
+	list := []map[string]string{{"name": "type", "type": "string"}}
+	for id := range s.disks {
+		list = append(list, map[string]string{"name": id, "type": "child<virtio-blk-pci>"})
+	}
+	return list, nil
+}
+
+func (s *standIn) listNodes(args json.RawMessage, _ *os.File) (any, error) {
+	var a struct {
+		Flat bool `json:"flat"`
+	}
+	if err := DecodeStrictly(args, &a); err != nil {
+		return nil, err
+	}
+	list := []map[string]string{}
+	for name := range s.nodes {
+		list = append(list, map[string]string{"node-name": name, "drv": "raw"}, map[string]string{"node-name": "#block001", "drv": "file"})
+	}
+	return list, nil
+}
