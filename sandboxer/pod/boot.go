@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -414,10 +415,14 @@ func (b *boot) awaitHello(ctx context.Context) error {
 		hello *protocol.Hello
 		err   error
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	waiting, cancel := context.WithCancel(ctx)
 	answered := make(chan answer, 1)
-	go func() {
+	var listening sync.WaitGroup
+	// Nothing of this may come into being after the boot was undone.
+	defer listening.Wait()
+	defer cancel()
+	listening.Go(func() {
+		ctx := waiting
 		link, err := b.m.opts.Runtime.OpenLink(ctx, b.machine.Endpoint(), b.log)
 		if err != nil {
 			answered <- answer{err: err}
@@ -432,7 +437,7 @@ func (b *boot) awaitHello(ctx context.Context) error {
 		}
 		hello, err := link.Hello(ctx)
 		answered <- answer{hello, err}
-	}()
+	})
 	var served <-chan struct{}
 	if b.virtiofsd != nil {
 		served = b.virtiofsd.Exited()
