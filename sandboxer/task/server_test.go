@@ -522,3 +522,32 @@ func TestClose(t *testing.T) {
 		t.Error("the server still accepts")
 	}
 }
+
+// TestStreamingSlowReader closes the input long before the process has read it.
+func TestStreamingSlowReader(t *testing.T) {
+	p := newPod(t)
+	c := task.NewTTRPCTaskClient(p.dial())
+	ctx := testContext(t)
+	closed := make(chan struct{})
+	var got []byte
+	p.guest.Programs["slow"] = func(_ context.Context, pr *guesttest.Process) uint32 {
+		<-closed
+		got, _ = io.ReadAll(pr.Stdin)
+		return 0
+	}
+	in := p.open("in")
+	req := createRequest(t, "c1", "slow")
+	req.Stdin = p.url("in")
+	must[*task.CreateTaskResponse](t)(c.Create(ctx, req))
+	must[*task.StartResponse](t)(c.Start(ctx, &task.StartRequest{ID: "c1"}))
+	want := bytes.Repeat([]byte("0123456789abcde\n"), 300<<10/16)
+	in.write(want)
+	in.CloseSend()
+	in.client.Close()
+	must[*emptypb.Empty](t)(c.CloseIO(ctx, &task.CloseIORequest{ID: "c1", Stdin: true}))
+	close(closed)
+	must[*task.WaitResponse](t)(c.Wait(ctx, &task.WaitRequest{ID: "c1"}))
+	if !bytes.Equal(got, want) {
+		t.Errorf("%d of %d bytes", len(got), len(want))
+	}
+}

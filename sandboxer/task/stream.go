@@ -81,12 +81,17 @@ func (c *connection) Accept() error {
 	return c.messages.Send(ack)
 }
 
+// waitAccepted does not look at the connection's life: input may have arrived before its end, and
+// Accept fails by itself then.
 func (c *connection) waitAccepted(ctx context.Context) error {
 	select {
 	case <-c.accepted:
+		return nil // whether or not ctx has ended: what was received is still there
+	default:
+	}
+	select {
+	case <-c.accepted:
 		return nil
-	case <-c.life.Done():
-		return context.Cause(c.life)
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
