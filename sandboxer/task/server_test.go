@@ -540,7 +540,7 @@ func TestStreamingSlowReader(t *testing.T) {
 	req.Stdin = p.url("in")
 	must[*task.CreateTaskResponse](t)(c.Create(ctx, req))
 	must[*task.StartResponse](t)(c.Start(ctx, &task.StartRequest{ID: "c1"}))
-	want := bytes.Repeat([]byte("0123456789abcde\n"), 300<<10/16)
+	want := bytes.Repeat([]byte("0123456789abcde\n"), 160<<10/16)
 	in.write(want)
 	in.CloseSend()
 	in.client.Close()
