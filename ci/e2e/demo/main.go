@@ -97,6 +97,7 @@ func demo(ctx context.Context, keep bool) (err error) {
 					err = fmt.Errorf("%w\nThe logs are in %s", err, logs)
 				}
 			}
+			os.Remove(s.logPath())
 			err = errors.Join(err, s.node.Close())
 		}
 	}()
@@ -155,6 +156,17 @@ func (s *show) start(ctx context.Context, root string) error {
 	}
 	fmt.Printf("%s %s at %s\n", version.RuntimeName, version.RuntimeVersion, s.node.Socket)
 	fmt.Printf("vmm-sandboxer, process %d, at %s\n", s.sandboxer.PID(), s.sandboxer.Socket)
+	// containerd connects to the sandboxer with its first request and stays connected. A pod that is
+	// refused is such a request, so that the connection is not counted as something left behind.
+	_, err = s.node.CRI.RunPod(ctx, &runtimeapi.PodSandboxConfig{
+		Metadata: &runtimeapi.PodSandboxMetadata{Name: "refused", Namespace: "default", Uid: "refused"},
+		Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+			NamespaceOptions: &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE},
+		}},
+	}, node.Handler)
+	if err == nil {
+		return errors.New("a pod with the host's network was not refused")
+	}
 	s.scope = census.Scope{
 		Dirs:          []string{s.sandboxer.Dir},
 		Mounts:        s.node.Dir,
@@ -340,8 +352,12 @@ func (s *show) exec(ctx context.Context) error {
 	return nil
 }
 
+func (s *show) logPath() string {
+	return filepath.Join(s.podConfig.LogDirectory, s.containerConfig.LogPath)
+}
+
 func (s *show) log(ctx context.Context) error {
-	path := filepath.Join(s.podConfig.LogDirectory, s.containerConfig.LogPath)
+	path := s.logPath()
 	for {
 		if data, err := os.ReadFile(path); err != nil {
 			return err
@@ -354,7 +370,8 @@ func (s *show) log(ctx context.Context) error {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	fmt.Printf("%s:\n%s\n", path, node.Tail(path, 6))
+	// top moves the cursor about, which would garble this.
+	fmt.Printf("%s:\n%s\n", path, regexp.MustCompile(`\x1b\[[0-9;]*[A-Za-z]`).ReplaceAllString(node.Tail(path, 6), ""))
 	return nil
 }
 
@@ -362,7 +379,7 @@ func (s *show) remove(ctx context.Context) error {
 	if err := s.node.CRI.RemovePod(ctx, s.pod); err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Join(s.podConfig.LogDirectory, s.containerConfig.LogPath)); err != nil {
+	if err := os.Remove(s.logPath()); err != nil {
 		return err
 	}
 	fmt.Println("stopped and removed", s.pod)
