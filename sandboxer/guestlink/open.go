@@ -100,14 +100,14 @@ func (g *greeting) greet(conn net.Conn) error {
 	if err := check(hello); err != nil {
 		return fmt.Errorf("%w in its hello: %w", errMisbehaved, err)
 	}
-	// The agent may be gone again by now; that is noticed elsewhere.
-	protocol.WriteMessage(conn, &protocol.HelloReply{ProtocolVersion: protocol.Version})
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	if g.hello == nil {
 		close(g.said)
 	}
 	g.hello = hello
+	g.mu.Unlock()
+	// The agent may be gone again by now; that is noticed elsewhere.
+	protocol.WriteMessage(conn, &protocol.HelloReply{ProtocolVersion: protocol.Version})
 	return nil
 }
 

@@ -136,7 +136,8 @@ func (l *serialLink) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 		l.mu.Lock()
 		session, changed := l.session, l.changed
 		l.mu.Unlock()
-		if session != nil {
+		// A link that is broken may still have its session for a moment.
+		if session != nil && l.Err() == nil {
 			return session.Open(ctx, port)
 		}
 		select {

@@ -41,14 +41,7 @@ func dialVsock(ctx context.Context, cid, port uint32) (net.Conn, error) {
 }
 
 func openVsock(cid uint32, restored bool, log *slog.Logger) (*vsockLink, error) {
-	l := &vsockLink{
-		cid:      cid,
-		board:    hosts,
-		dial:     dialVsock,
-		greeting: greeting{said: make(chan struct{})},
-		end:      end{broken: make(chan struct{})},
-		calls:    make(chan struct{}, maxGreeting),
-	}
+	l := newVsockLink(cid, hosts)
 	if err := l.board.add(l, log); err != nil {
 		return nil, err
 	}
@@ -56,6 +49,17 @@ func openVsock(cid uint32, restored bool, log *slog.Logger) (*vsockLink, error) 
 		go l.ask()
 	}
 	return l, nil
+}
+
+func newVsockLink(cid uint32, board *switchboard) *vsockLink {
+	return &vsockLink{
+		cid:      cid,
+		board:    board,
+		dial:     dialVsock,
+		greeting: greeting{said: make(chan struct{})},
+		end:      end{broken: make(chan struct{})},
+		calls:    make(chan struct{}, maxGreeting),
+	}
 }
 
 // ask fetches the hello of an agent that has said it to an earlier daemon: the agent says it again

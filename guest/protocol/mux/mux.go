@@ -361,6 +361,9 @@ func (c *Conn) explain(err error) error {
 	}
 }
 
+// Session is the session that the stream belongs to.
+func (c *Conn) Session() *Session { return c.session }
+
 // LocalAddr and RemoteAddr name the transport, not the port.
 func (c *Conn) LocalAddr() net.Addr  { return c.stream.LocalAddr() }
 func (c *Conn) RemoteAddr() net.Addr { return c.stream.RemoteAddr() }

@@ -205,7 +205,8 @@ func (m *Machine) Start(ctx context.Context) (err error) {
 	if err == nil {
 		return nil
 	}
-	if ctx.Err() == nil && within(m.exited, time.Second) {
+	// A lost connection is most likely the first sign of a QEMU that ends.
+	if lost := client == nil || client.Err() != nil; lost && ctx.Err() == nil && within(m.exited, time.Second) {
 		return errors.New(m.exit.Reason)
 	}
 	return m.explain(err)
