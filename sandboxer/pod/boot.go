@@ -191,6 +191,13 @@ func (b *boot) stage(ctx context.Context, s stage) error {
 	if err == nil {
 		err = context.Cause(ctx)
 	}
+	if err == nil && b.machine != nil {
+		select {
+		case <-b.machine.Exited():
+			err = exitError(b.machine)
+		default:
+		}
+	}
 	took := time.Since(began)
 	if err == nil {
 		err = b.note(func(r *record) {

@@ -196,9 +196,6 @@ func (m *fakeMachine) Start(context.Context) error {
 	if err := m.w.make("hypervisor", m.id, m); err != nil {
 		return err
 	}
-	if m.w.panicMsg != "" {
-		m.end(0, "the guest's kernel panicked: "+m.w.panicMsg)
-	}
 	if m.w.failure("live") != nil {
 		m.end(1, "qemu: "+m.w.failure("live").Error())
 	}
@@ -246,6 +243,9 @@ func (l *fakeLink) Hello(ctx context.Context) (*protocol.Hello, error) {
 	silent := l.w.noHello
 	l.w.mu.Unlock()
 	if silent {
+		if l.w.panicMsg != "" {
+			l.w.machine(l.id).end(0, "the guest's kernel panicked: "+l.w.panicMsg)
+		}
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}
