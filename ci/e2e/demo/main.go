@@ -45,7 +45,11 @@ func end(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := n.Close(); err != nil {
+	s := &show{}
+	if err := errors.Join(s.load(n.Root()), n.Close()); err != nil {
+		return err
+	}
+	if err := os.Remove(s.logPath()); err != nil {
 		return err
 	}
 	fmt.Println("Ended; nothing is left of", dir)
@@ -65,6 +69,16 @@ type show struct {
 	address, mac    string
 }
 
+// load reads the guide's two files.
+func (s *show) load(root string) error {
+	for file, message := range map[string]any{"podsandbox.yaml": &s.podConfig, "pod-container.yaml": &s.containerConfig} {
+		if err := cri.LoadYAML(filepath.Join(root, "defaults", file), message); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // step is a part of the demonstration; it prints below its title.
 type step struct {
 	title string
@@ -80,10 +94,8 @@ func demo(ctx context.Context, keep bool) (err error) {
 		return err
 	}
 	s := &show{}
-	for file, message := range map[string]any{"podsandbox.yaml": &s.podConfig, "pod-container.yaml": &s.containerConfig} {
-		if err := cri.LoadYAML(filepath.Join(root, "defaults", file), message); err != nil {
-			return err
-		}
+	if err := s.load(root); err != nil {
+		return err
 	}
 	kept := false
 	defer func() {
@@ -410,7 +422,7 @@ func (s *show) keep() error {
 	}
 	fmt.Printf(`With a crictl of yours:
     crictl -r unix://%[1]s pods
-    crictl -r unix://%[1]s exec -it %[2].13s sh
+    crictl -r unix://%[1]s exec -it %.13[2]s sh
 In the guest (as root of the pod; "socat" or another client of Unix sockets):
     socat -,raw,echo=0 UNIX-CONNECT:%[3]s
 What was written:
