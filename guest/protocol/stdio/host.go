@@ -57,7 +57,7 @@ func handshake(ctx context.Context, dial Dialer, h header) (net.Conn, status, ui
 		case statusUnknown:
 			err = ErrUnknown
 		case statusRefused:
-			err = fmt.Errorf("%w at offset %d (the guest is at %d)", ErrRefused, h.offset, offset)
+			err = &refusedError{asked: h.offset, guest: offset}
 		case statusBusy:
 			err = fmt.Errorf("%w: too many streams wait for their process in the guest", ErrRefused)
 		}
@@ -68,6 +68,15 @@ func handshake(ctx context.Context, dial Dialer, h header) (net.Conn, status, ui
 	}
 	return fail(err)
 }
+
+// refusedError is a refusal of an offset by a guest that is at another one.
+type refusedError struct{ asked, guest uint64 }
+
+func (e *refusedError) Error() string {
+	return fmt.Sprintf("%v at offset %d (the guest is at %d)", ErrRefused, e.asked, e.guest)
+}
+
+func (e *refusedError) Unwrap() error { return ErrRefused }
 
 // permanent tells the errors after which dialling again is no use.
 func permanent(err error) bool {
@@ -112,14 +121,22 @@ type Reader struct {
 
 // OpenOutput opens the stream of a token from offset on, and returns after the guest has accepted
 // it; ctx bounds only that. An offset other than 0 resumes a stream that an earlier Reader, maybe
-// of an earlier process, has consumed up to there. The caller closes the Reader.
+// of an earlier process, has consumed up to there. When more than that was acknowledged, by a
+// Reader whose process was killed before it could note it, the stream goes on from there: the
+// guest keeps nothing before it. The caller closes the Reader.
 func OpenOutput(ctx context.Context, dial Dialer, token string, kind Kind, offset uint64) (*Reader, error) {
 	if kind != Stdout && kind != Stderr {
 		return nil, fmt.Errorf("cannot open %v as output", kind)
 	}
 	r := &Reader{dial: dial, token: token, kind: kind, offset: offset}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	if err := r.connect(ctx, offset != 0); err != nil {
+	err := r.connect(ctx, offset != 0)
+	var refused *refusedError
+	if errors.As(err, &refused) && refused.guest > offset && refused.guest < final {
+		r.offset = refused.guest
+		err = r.connect(ctx, true)
+	}
+	if err != nil {
 		r.cancel()
 		return nil, err
 	}

@@ -292,6 +292,43 @@ func TestOutputResumesInNewReader(t *testing.T) {
 	}
 }
 
+// TestOutputResumesWhereAcknowledged resumes with an offset that is older than what the guest
+// has seen acknowledged, as a daemon does whose predecessor was killed.
+func TestOutputResumesWhereAcknowledged(t *testing.T) {
+	g := newGuest(t)
+	want := randomBytes(1 << 20)
+	o := g.hub.Output("t")
+	closed := make(chan error, 1)
+	go func() {
+		err := writeChunks(o, want)
+		closed <- errors.Join(err, o.Close(testContext(t)))
+	}()
+	var got bytes.Buffer
+	r := openOutput(t, g.dial, "t")
+	if _, err := r.WriteTo(&limitedWriter{w: &got, left: 500_000}); !errors.Is(err, errFull) {
+		t.Fatalf("WriteTo: %v", err)
+	}
+	consumed := r.Offset()
+	r.Close()
+	r2, err := OpenOutput(testContext(t), g.dial, "t", Stdout, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r2.Close()
+	// Acknowledgements may have been under way when the connection was lost.
+	if at := r2.Offset(); at == 0 || at > consumed || consumed-at > Window {
+		t.Fatalf("resumed at %d after %d", at, consumed)
+	}
+	got.Truncate(int(r2.Offset()))
+	if _, err := r2.WriteTo(&got); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-closed; err != nil {
+		t.Fatal(err)
+	}
+	equal(t, got.Bytes(), want)
+}
+
 var errFull = errors.New("full")
 
 type limitedWriter struct {
