@@ -1136,3 +1136,45 @@ type wired struct {
 }
 
 func (w wired) Task() task.TTRPCTaskService { return w.service }
+
+// TestRestoreAfterKill restores from records that are older than what the client has got and
+// sent, as after a SIGKILL of the daemon.
+func TestRestoreAfterKill(t *testing.T) {
+	p := newPod(t)
+	f := newFIFOs(t, true)
+	p.create("c1", f.IO, "cat")
+	f.open(t)
+	p.start("c1", "")
+	records := p.Records() // nothing was written yet
+	say := func(text string) (before string) {
+		t.Helper()
+		f.in.WriteString(text)
+		f.out.SetReadDeadline(time.Now().Add(patience))
+		var got []byte
+		for !strings.HasSuffix(string(got), text) {
+			buffer := make([]byte, 64)
+			n, err := f.out.Read(buffer)
+			if err != nil && n == 0 && err != io.EOF {
+				t.Fatalf("%q came back as %q, %v", text, got, err)
+			}
+			got = append(got, buffer[:n]...)
+		}
+		return strings.TrimSuffix(string(got), text)
+	}
+	say("before")
+	p.Set.Close()
+	next := &pod{t: t, guest: p.guest, storage: p.storage}
+	next.Set = NewSet(next.options())
+	defer next.Set.Close()
+	if err := next.Restore(testContext(t), records); err != nil {
+		t.Fatal(err)
+	}
+	// An acknowledgement that was under way is lost with the daemon: its bytes come again.
+	if again := say("after"); again != "" && again != "before" {
+		t.Errorf("%q came, too", again)
+	}
+	next.CloseIO("c1", "", true)
+	if exit := next.wait("c1", ""); exit.Status != 0 {
+		t.Errorf("exit status %d", exit.Status)
+	}
+}
