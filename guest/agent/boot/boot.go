@@ -250,13 +250,14 @@ func Share(fstype string) error {
 	if fstype == cmdline.Virtiofs {
 		kinds[0], kinds[1] = kinds[1], kinds[0]
 	}
-	var errs []error
+	var failed []error
 	for _, m := range kinds {
 		err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data)
 		if err == nil {
 			return nil
 		}
-		errs = append(errs, fmt.Errorf("as %s: %w", m.fstype, err))
+		failed = append(failed, err)
 	}
-	return fmt.Errorf("cannot mount the share %q: %w", protocol.ShareTag, errors.Join(errs...))
+	return fmt.Errorf("cannot mount the share %q: as %s: %w; as %s: %w",
+		protocol.ShareTag, kinds[0].fstype, failed[0], kinds[1].fstype, failed[1])
 }

@@ -12,7 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
@@ -54,7 +54,7 @@ type container struct {
 	oom         *oomWatch
 }
 
-func newContainer(s *Service, r *taskv3.CreateTaskRequest) *container {
+func newContainer(s *Service, r *taskapi.CreateTaskRequest) *container {
 	c := &container{
 		service: s,
 		log:     s.log.With("container", r.ID),
@@ -244,7 +244,7 @@ func (c *container) gone() {
 }
 
 // addExec announces an exec.
-func (c *container) addExec(r *taskv3.ExecProcessRequest) error {
+func (c *container) addExec(r *taskapi.ExecProcessRequest) error {
 	p, err := c.newExec(r)
 	if err != nil {
 		c.endStreams(stdioNames{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr})
@@ -263,7 +263,7 @@ func (c *container) addExec(r *taskv3.ExecProcessRequest) error {
 	return nil
 }
 
-func (c *container) newExec(r *taskv3.ExecProcessRequest) (*process, error) {
+func (c *container) newExec(r *taskapi.ExecProcessRequest) (*process, error) {
 	if err := checkID("exec", r.ExecID); err != nil {
 		return nil, err
 	}

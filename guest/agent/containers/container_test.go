@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -26,8 +26,8 @@ func TestLife(t *testing.T) {
 	if err := g.create("c1", g.spec("sh", "-c", "echo out; echo err >&2; exit 7"), h); err != nil {
 		t.Fatal(err)
 	}
-	state := func() *taskv3.StateResponse {
-		r, err := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"})
+	state := func() *taskapi.StateResponse {
+		r, err := g.s.State(ctx, &taskapi.StateRequest{ID: "c1"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -39,7 +39,7 @@ func TestLife(t *testing.T) {
 	if err := g.kill("c1", "", 0); err != nil {
 		t.Errorf("signal 0 before start: %v", err)
 	}
-	if _, err := g.s.Create(ctx, &taskv3.CreateTaskRequest{ID: "c1"}); !errdefs.IsAlreadyExists(class(err)) {
+	if _, err := g.s.Create(ctx, &taskapi.CreateTaskRequest{ID: "c1"}); !errdefs.IsAlreadyExists(class(err)) {
 		t.Errorf("second create: %v", err)
 	}
 	pid := g.start("c1", "")
@@ -59,19 +59,19 @@ func TestLife(t *testing.T) {
 	if err := g.kill("c1", "", 0); !errdefs.IsNotFound(class(err)) {
 		t.Errorf("signal 0 after exit: %v", err)
 	}
-	if _, err := g.s.Start(ctx, &taskv3.StartRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := g.s.Start(ctx, &taskapi.StartRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("start after exit: %v", err)
 	}
-	if _, err := g.s.Stats(ctx, &taskv3.StatsRequest{ID: "c1"}); err != nil {
+	if _, err := g.s.Stats(ctx, &taskapi.StatsRequest{ID: "c1"}); err != nil {
 		t.Errorf("stats after exit: %v", err)
 	}
 	if r := g.delete("c1", ""); r.ExitStatus != 7 || r.Pid != pid {
 		t.Errorf("delete: %v", r)
 	}
 	for name, err := range map[string]error{
-		"delete": func() error { _, err := g.s.Delete(ctx, &taskv3.DeleteRequest{ID: "c1"}); return err }(),
-		"state":  func() error { _, err := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"}); return err }(),
-		"wait":   func() error { _, err := g.s.Wait(ctx, &taskv3.WaitRequest{ID: "c1"}); return err }(),
+		"delete": func() error { _, err := g.s.Delete(ctx, &taskapi.DeleteRequest{ID: "c1"}); return err }(),
+		"state":  func() error { _, err := g.s.State(ctx, &taskapi.StateRequest{ID: "c1"}); return err }(),
+		"wait":   func() error { _, err := g.s.Wait(ctx, &taskapi.WaitRequest{ID: "c1"}); return err }(),
 	} {
 		if !errdefs.IsNotFound(class(err)) {
 			t.Errorf("%s after delete: %v", name, err)
@@ -133,7 +133,7 @@ func TestCloseIO(t *testing.T) {
 	h := g.open(true, false)
 	g.run("c1", g.spec("cat"), h)
 	h.in.Write([]byte("last words"))
-	if _, err := g.s.CloseIO(context.Background(), &taskv3.CloseIORequest{ID: "c1", Stdin: true}); err != nil {
+	if _, err := g.s.CloseIO(context.Background(), &taskapi.CloseIORequest{ID: "c1", Stdin: true}); err != nil {
 		t.Fatal(err)
 	}
 	if code := g.wait("c1", ""); code != 0 {
@@ -153,7 +153,7 @@ func TestSignals(t *testing.T) {
 	if err := g.kill("c1", "", unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := g.s.Delete(context.Background(), &taskv3.DeleteRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := g.s.Delete(context.Background(), &taskapi.DeleteRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("delete of a running container: %v", err)
 	}
 	if err := g.kill("c1", "", 77); !errdefs.IsInvalidArgument(class(err)) {
@@ -229,7 +229,7 @@ func TestExec(t *testing.T) {
 	if err := g.exec("c1", "e1", h, g.execProcess("sh", "-c", "cat; echo err >&2; exit 5")); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := g.s.State(ctx, &taskv3.StateRequest{ID: "c1", ExecID: "e1"}); err != nil || r.Status != task.Status_CREATED || r.ExecID != "e1" {
+	if r, err := g.s.State(ctx, &taskapi.StateRequest{ID: "c1", ExecID: "e1"}); err != nil || r.Status != task.Status_CREATED || r.ExecID != "e1" {
 		t.Errorf("before start: %v, %v", r, err)
 	}
 	if err := g.exec("c1", "e1", h, g.execProcess("true")); !errdefs.IsAlreadyExists(class(err)) {
@@ -241,7 +241,7 @@ func TestExec(t *testing.T) {
 	if pid := g.start("c1", "e1"); pid == 0 {
 		t.Error("no pid")
 	}
-	if _, err := g.s.Start(ctx, &taskv3.StartRequest{ID: "c1", ExecID: "e1"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := g.s.Start(ctx, &taskapi.StartRequest{ID: "c1", ExecID: "e1"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("second start: %v", err)
 	}
 	h.in.Write([]byte("through"))
@@ -256,7 +256,7 @@ func TestExec(t *testing.T) {
 	if r := g.delete("c1", "e1"); r.ExitStatus != 5 {
 		t.Errorf("delete: %v", r)
 	}
-	if _, err := g.s.Delete(ctx, &taskv3.DeleteRequest{ID: "c1", ExecID: "e1"}); !errdefs.IsNotFound(class(err)) {
+	if _, err := g.s.Delete(ctx, &taskapi.DeleteRequest{ID: "c1", ExecID: "e1"}); !errdefs.IsNotFound(class(err)) {
 		t.Errorf("second delete: %v", err)
 	}
 
@@ -264,7 +264,7 @@ func TestExec(t *testing.T) {
 	if err := g.exec("c1", "e2", h, g.execProcess("no-such-program")); err != nil {
 		t.Fatal(err)
 	}
-	_, err := g.s.Start(ctx, &taskv3.StartRequest{ID: "c1", ExecID: "e2"})
+	_, err := g.s.Start(ctx, &taskapi.StartRequest{ID: "c1", ExecID: "e2"})
 	if err == nil || !strings.Contains(err.Error(), `cannot start "no-such-program" in container c1: executable file not found in $PATH`) {
 		t.Errorf("exec of nothing: %v", err)
 	}
@@ -311,7 +311,7 @@ func TestTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	resize := func(w, h uint32) {
-		if _, err := g.s.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: "c1", ExecID: "e1", Width: w, Height: h}); err != nil {
+		if _, err := g.s.ResizePty(ctx, &taskapi.ResizePtyRequest{ID: "c1", ExecID: "e1", Width: w, Height: h}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -330,7 +330,7 @@ func TestTerminal(t *testing.T) {
 			t.Errorf("%q is missing in %q", want, got)
 		}
 	}
-	if _, err := g.s.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: "c1", Width: 1, Height: 1}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := g.s.ResizePty(ctx, &taskapi.ResizePtyRequest{ID: "c1", Width: 1, Height: 1}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("resize without terminal: %v", err)
 	}
 }
@@ -384,7 +384,7 @@ func TestFailedCreateLeavesNothing(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if _, err := g.s.Create(context.Background(), &taskv3.CreateTaskRequest{ID: "c2"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := g.s.Create(context.Background(), &taskapi.CreateTaskRequest{ID: "c2"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("create without prepare: %v", err)
 	}
 }
@@ -401,7 +401,7 @@ func TestKilledBetweenCreateAndStart(t *testing.T) {
 	if code := g.wait("c1", ""); code != 137 {
 		t.Errorf("exit status %d", code)
 	}
-	if _, err := g.s.Start(context.Background(), &taskv3.StartRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := g.s.Start(context.Background(), &taskapi.StartRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("start: %v", err)
 	}
 	g.delete("c1", "")
@@ -413,22 +413,22 @@ func TestPauseAndUpdate(t *testing.T) {
 	ctx := context.Background()
 	g.run("c1", g.spec("sleep", "1000"), g.open(false, false))
 	for range 2 {
-		if _, err := g.s.Pause(ctx, &taskv3.PauseRequest{ID: "c1"}); err != nil {
+		if _, err := g.s.Pause(ctx, &taskapi.PauseRequest{ID: "c1"}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if r, _ := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"}); r.GetStatus() != task.Status_PAUSED {
+	if r, _ := g.s.State(ctx, &taskapi.StateRequest{ID: "c1"}); r.GetStatus() != task.Status_PAUSED {
 		t.Errorf("state %v", r)
 	}
 	if err := g.exec("c1", "e1", g.open(false, false), g.execProcess("true")); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("exec while paused: %v", err)
 	}
 	for range 2 {
-		if _, err := g.s.Resume(ctx, &taskv3.ResumeRequest{ID: "c1"}); err != nil {
+		if _, err := g.s.Resume(ctx, &taskapi.ResumeRequest{ID: "c1"}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if r, _ := g.s.State(ctx, &taskv3.StateRequest{ID: "c1"}); r.GetStatus() != task.Status_RUNNING {
+	if r, _ := g.s.State(ctx, &taskapi.StateRequest{ID: "c1"}); r.GetStatus() != task.Status_RUNNING {
 		t.Errorf("state %v", r)
 	}
 
@@ -453,7 +453,7 @@ func TestPauseAndUpdate(t *testing.T) {
 		t.Errorf("exit status %d: %s", code, h.stderr.String())
 	}
 
-	if _, err := g.s.Pause(ctx, &taskv3.PauseRequest{ID: "c1"}); err != nil {
+	if _, err := g.s.Pause(ctx, &taskapi.PauseRequest{ID: "c1"}); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.kill("c1", "", unix.SIGKILL); err != nil {
@@ -488,7 +488,7 @@ func TestPids(t *testing.T) {
 	g := newGuest(t)
 	g.run("c1", g.spec("sh", "-c", "sleep 1000 & sleep 1000 & wait"), g.open(false, false))
 	until(t, "three processes", func() bool {
-		r, err := g.s.Pids(context.Background(), &taskv3.PidsRequest{ID: "c1"})
+		r, err := g.s.Pids(context.Background(), &taskapi.PidsRequest{ID: "c1"})
 		return err == nil && len(r.Processes) == 3
 	})
 }
@@ -596,10 +596,10 @@ func TestContainersAtOnce(t *testing.T) {
 				if err := g.create(id, g.spec("sh", "-c", fmt.Sprintf("echo %d; exit %d", i, i)), ends[i]); err != nil {
 					return err
 				}
-				if _, err := g.s.Start(ctx, &taskv3.StartRequest{ID: id}); err != nil {
+				if _, err := g.s.Start(ctx, &taskapi.StartRequest{ID: id}); err != nil {
 					return err
 				}
-				r, err := g.s.Wait(ctx, &taskv3.WaitRequest{ID: id})
+				r, err := g.s.Wait(ctx, &taskapi.WaitRequest{ID: id})
 				if err == nil && r.ExitStatus != uint32(i) {
 					err = fmt.Errorf("container %d ended with %d", i, r.ExitStatus)
 				}
@@ -632,7 +632,7 @@ func TestExecsAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		go func() {
-			if _, err := g.s.Start(context.Background(), &taskv3.StartRequest{ID: "c1", ExecID: id}); err != nil {
+			if _, err := g.s.Start(context.Background(), &taskapi.StartRequest{ID: "c1", ExecID: id}); err != nil {
 				t.Error(err)
 			}
 			codes <- g.wait("c1", id)

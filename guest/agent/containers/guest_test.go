@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/opencontainers/cgroups"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -258,7 +258,7 @@ func (g *guest) create(id string, spec *specs.Spec, h *hostEnd) error {
 	if err := g.prepare(id, spec); err != nil {
 		g.t.Fatal(err)
 	}
-	_, err := g.s.Create(context.Background(), &taskv3.CreateTaskRequest{
+	_, err := g.s.Create(context.Background(), &taskapi.CreateTaskRequest{
 		ID: id, Bundle: "/bundle/of/the/host", Terminal: h.names.terminal,
 		Stdin: h.names.stdin, Stdout: h.names.stdout, Stderr: h.names.stderr,
 	})
@@ -276,7 +276,7 @@ func (g *guest) run(id string, spec *specs.Spec, h *hostEnd) {
 
 func (g *guest) start(id, execID string) uint32 {
 	g.t.Helper()
-	r, err := g.s.Start(context.Background(), &taskv3.StartRequest{ID: id, ExecID: execID})
+	r, err := g.s.Start(context.Background(), &taskapi.StartRequest{ID: id, ExecID: execID})
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -290,7 +290,7 @@ func (g *guest) exec(id, execID string, h *hostEnd, p *specs.Process) error {
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	_, err = g.s.Exec(context.Background(), &taskv3.ExecProcessRequest{
+	_, err = g.s.Exec(context.Background(), &taskapi.ExecProcessRequest{
 		ID: id, ExecID: execID, Terminal: h.names.terminal, Stdin: h.names.stdin, Stdout: h.names.stdout, Stderr: h.names.stderr,
 		Spec: &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Process", Value: b},
 	})
@@ -307,16 +307,16 @@ func (g *guest) wait(id, execID string) uint32 {
 	g.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	r, err := g.s.Wait(ctx, &taskv3.WaitRequest{ID: id, ExecID: execID})
+	r, err := g.s.Wait(ctx, &taskapi.WaitRequest{ID: id, ExecID: execID})
 	if err != nil {
 		g.t.Fatalf("wait for %s %s: %v", id, execID, err)
 	}
 	return r.ExitStatus
 }
 
-func (g *guest) delete(id, execID string) *taskv3.DeleteResponse {
+func (g *guest) delete(id, execID string) *taskapi.DeleteResponse {
 	g.t.Helper()
-	r, err := g.s.Delete(context.Background(), &taskv3.DeleteRequest{ID: id, ExecID: execID})
+	r, err := g.s.Delete(context.Background(), &taskapi.DeleteRequest{ID: id, ExecID: execID})
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -324,7 +324,7 @@ func (g *guest) delete(id, execID string) *taskv3.DeleteResponse {
 }
 
 func (g *guest) kill(id, execID string, sig unix.Signal) error {
-	_, err := g.s.Kill(context.Background(), &taskv3.KillRequest{ID: id, ExecID: execID, Signal: uint32(sig)})
+	_, err := g.s.Kill(context.Background(), &taskapi.KillRequest{ID: id, ExecID: execID, Signal: uint32(sig)})
 	return err
 }
 

@@ -8,7 +8,7 @@ import (
 
 	cgroup1 "github.com/containerd/cgroups/v3/cgroup1/stats"
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -27,7 +27,7 @@ func update(t *testing.T, g *guest, id string, r *specs.LinuxResources) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = g.s.Update(context.Background(), &taskv3.UpdateTaskRequest{ID: id, Resources: &anypb.Any{
+	_, err = g.s.Update(context.Background(), &taskapi.UpdateTaskRequest{ID: id, Resources: &anypb.Any{
 		TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources", Value: b,
 	}})
 	if err != nil {
@@ -38,7 +38,7 @@ func update(t *testing.T, g *guest, id string, r *specs.LinuxResources) {
 // metrics returns the container's stats of whichever version this machine has.
 func metrics(t *testing.T, g *guest, id string) (*cgroup1.Metrics, *cgroup2.Metrics) {
 	t.Helper()
-	r, err := g.s.Stats(context.Background(), &taskv3.StatsRequest{ID: id})
+	r, err := g.s.Stats(context.Background(), &taskapi.StatsRequest{ID: id})
 	if err != nil {
 		t.Fatal(err)
 	}

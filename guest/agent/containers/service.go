@@ -23,7 +23,7 @@ import (
 	"sync"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -65,9 +65,9 @@ type Options struct {
 	StorageDir string
 }
 
-// Service implements the Task API v3 (taskv3.TTRPCTaskService); V2 adapts it to version 2. Its
-// errors are gRPC status errors. Prepare, Purge and StopAll are for the agent and return plain
-// errors of the classes of errdefs.
+// Service implements the Task API, both versions of it: see Register. Its errors are gRPC status
+// errors. Prepare, Purge and StopAll are for the agent and return plain errors of the classes of
+// errdefs.
 type Service struct {
 	log        *slog.Logger
 	onOOM      func(string)
@@ -82,7 +82,7 @@ type Service struct {
 	stopping   bool
 }
 
-var _ taskv3.TTRPCTaskService = (*Service)(nil)
+var _ taskapi.TTRPCTaskService = (*Service)(nil)
 
 // preparation is what Prepare announced for a container and Purge undoes.
 type preparation struct {
@@ -290,15 +290,15 @@ func (s *Service) process(id, execID string) (*container, *process, error) {
 
 // Create makes the container that Prepare announced, with its init process waiting for Start.
 // Bundle, rootfs and options of the request are the host's business and are ignored.
-func (s *Service) Create(ctx context.Context, r *taskv3.CreateTaskRequest) (*taskv3.CreateTaskResponse, error) {
+func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
 	c, err := s.create(ctx, r)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	return &taskv3.CreateTaskResponse{Pid: c.init.pidNow()}, nil
+	return &taskapi.CreateTaskResponse{Pid: c.init.pidNow()}, nil
 }
 
-func (s *Service) create(ctx context.Context, r *taskv3.CreateTaskRequest) (*container, error) {
+func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (*container, error) {
 	if err := checkID("container", r.ID); err != nil {
 		return nil, fmt.Errorf("cannot create container: %w", err)
 	}
@@ -331,7 +331,7 @@ func (s *Service) create(ctx context.Context, r *taskv3.CreateTaskRequest) (*con
 }
 
 // Start lets the init process or an exec process run.
-func (s *Service) Start(ctx context.Context, r *taskv3.StartRequest) (*taskv3.StartResponse, error) {
+func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.StartResponse, error) {
 	c, p, err := s.process(r.ID, r.ExecID)
 	if err == nil {
 		err = c.start(ctx, p)
@@ -339,18 +339,18 @@ func (s *Service) Start(ctx context.Context, r *taskv3.StartRequest) (*taskv3.St
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	return &taskv3.StartResponse{Pid: p.pidNow()}, nil
+	return &taskapi.StartResponse{Pid: p.pidNow()}, nil
 }
 
 // State reports what is known of a process; it never blocks.
-func (s *Service) State(_ context.Context, r *taskv3.StateRequest) (*taskv3.StateResponse, error) {
+func (s *Service) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.StateResponse, error) {
 	c, p, err := s.process(r.ID, r.ExecID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	response := &taskv3.StateResponse{
+	response := &taskapi.StateResponse{
 		ID:         c.id,
 		Bundle:     c.bundle,
 		Pid:        p.pid,
@@ -372,7 +372,7 @@ func (s *Service) State(_ context.Context, r *taskv3.StateRequest) (*taskv3.Stat
 }
 
 // Wait returns when the process has exited and the host has taken all of its output.
-func (s *Service) Wait(ctx context.Context, r *taskv3.WaitRequest) (*taskv3.WaitResponse, error) {
+func (s *Service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
 	_, p, err := s.process(r.ID, r.ExecID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -383,12 +383,12 @@ func (s *Service) Wait(ctx context.Context, r *taskv3.WaitRequest) (*taskv3.Wait
 		return nil, errgrpc.ToGRPC(ctx.Err())
 	}
 	status, at := p.exit()
-	return &taskv3.WaitResponse{ExitStatus: status, ExitedAt: timestamppb.New(at)}, nil
+	return &taskapi.WaitResponse{ExitStatus: status, ExitedAt: timestamppb.New(at)}, nil
 }
 
 // Kill sends a signal to a process, or with all to every process of the container. Signal 0 only
 // asks whether the process is alive. A process that has exited is NotFound.
-func (s *Service) Kill(_ context.Context, r *taskv3.KillRequest) (*emptypb.Empty, error) {
+func (s *Service) Kill(_ context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
 	c, p, err := s.process(r.ID, r.ExecID)
 	if err == nil {
 		err = c.kill(p, unix.Signal(r.Signal), r.All)
@@ -401,7 +401,7 @@ func (s *Service) Kill(_ context.Context, r *taskv3.KillRequest) (*emptypb.Empty
 
 // Delete removes a process that has ended or was never started, and with the init process the
 // container. A running one is FailedPrecondition.
-func (s *Service) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*taskv3.DeleteResponse, error) {
+func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
 	c, p, err := s.process(r.ID, r.ExecID)
 	if err == nil {
 		if p == c.init {
@@ -416,7 +416,7 @@ func (s *Service) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*taskv3.
 		return nil, errgrpc.ToGRPC(err)
 	}
 	status, at := p.exit()
-	response := &taskv3.DeleteResponse{Pid: p.pidNow(), ExitStatus: status}
+	response := &taskapi.DeleteResponse{Pid: p.pidNow(), ExitStatus: status}
 	if !at.IsZero() {
 		response.ExitedAt = timestamppb.New(at)
 	}
@@ -424,7 +424,7 @@ func (s *Service) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*taskv3.
 }
 
 // Exec announces a further process of a running container; Start runs it.
-func (s *Service) Exec(_ context.Context, r *taskv3.ExecProcessRequest) (*emptypb.Empty, error) {
+func (s *Service) Exec(_ context.Context, r *taskapi.ExecProcessRequest) (*emptypb.Empty, error) {
 	c, err := s.container(r.ID)
 	if err == nil {
 		err = c.addExec(r)
@@ -436,7 +436,7 @@ func (s *Service) Exec(_ context.Context, r *taskv3.ExecProcessRequest) (*emptyp
 }
 
 // ResizePty sets the size of a process's terminal. Before Start it is remembered.
-func (s *Service) ResizePty(_ context.Context, r *taskv3.ResizePtyRequest) (*emptypb.Empty, error) {
+func (s *Service) ResizePty(_ context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
 	_, p, err := s.process(r.ID, r.ExecID)
 	if err == nil {
 		err = p.resize(r.Width, r.Height)
@@ -448,7 +448,7 @@ func (s *Service) ResizePty(_ context.Context, r *taskv3.ResizePtyRequest) (*emp
 }
 
 // CloseIO ends the process's standard input once what the host sent before has been delivered.
-func (s *Service) CloseIO(_ context.Context, r *taskv3.CloseIORequest) (*emptypb.Empty, error) {
+func (s *Service) CloseIO(_ context.Context, r *taskapi.CloseIORequest) (*emptypb.Empty, error) {
 	_, p, err := s.process(r.ID, r.ExecID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -460,7 +460,7 @@ func (s *Service) CloseIO(_ context.Context, r *taskv3.CloseIORequest) (*emptypb
 }
 
 // Pids lists the processes of a container by their numbers in the guest.
-func (s *Service) Pids(_ context.Context, r *taskv3.PidsRequest) (*taskv3.PidsResponse, error) {
+func (s *Service) Pids(_ context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -469,7 +469,7 @@ func (s *Service) Pids(_ context.Context, r *taskv3.PidsRequest) (*taskv3.PidsRe
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	response := &taskv3.PidsResponse{}
+	response := &taskapi.PidsResponse{}
 	for _, pid := range pids {
 		response.Processes = append(response.Processes, &task.ProcessInfo{Pid: uint32(pid)})
 	}
@@ -477,12 +477,12 @@ func (s *Service) Pids(_ context.Context, r *taskv3.PidsRequest) (*taskv3.PidsRe
 }
 
 // Pause freezes all processes of a container.
-func (s *Service) Pause(ctx context.Context, r *taskv3.PauseRequest) (*emptypb.Empty, error) {
+func (s *Service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.Empty, error) {
 	return s.freeze(ctx, r.ID, true)
 }
 
 // Resume undoes Pause.
-func (s *Service) Resume(ctx context.Context, r *taskv3.ResumeRequest) (*emptypb.Empty, error) {
+func (s *Service) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptypb.Empty, error) {
 	return s.freeze(ctx, r.ID, false)
 }
 
@@ -498,7 +498,7 @@ func (s *Service) freeze(ctx context.Context, id string, frozen bool) (*emptypb.
 }
 
 // Update changes the limits of a container to those that the request names; others stay.
-func (s *Service) Update(ctx context.Context, r *taskv3.UpdateTaskRequest) (*emptypb.Empty, error) {
+func (s *Service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
 	c, err := s.container(r.ID)
 	if err == nil {
 		err = c.update(ctx, r.Resources)
@@ -510,7 +510,7 @@ func (s *Service) Update(ctx context.Context, r *taskv3.UpdateTaskRequest) (*emp
 }
 
 // Stats measures a container by its cgroup. It works until the container is deleted.
-func (s *Service) Stats(_ context.Context, r *taskv3.StatsRequest) (*taskv3.StatsResponse, error) {
+func (s *Service) Stats(_ context.Context, r *taskapi.StatsRequest) (*taskapi.StatsResponse, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -519,12 +519,12 @@ func (s *Service) Stats(_ context.Context, r *taskv3.StatsRequest) (*taskv3.Stat
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	return &taskv3.StatsResponse{Stats: stats}, nil
+	return &taskapi.StatsResponse{Stats: stats}, nil
 }
 
 // Connect tells the process ids of the agent and of the container's init process.
-func (s *Service) Connect(_ context.Context, r *taskv3.ConnectRequest) (*taskv3.ConnectResponse, error) {
-	response := &taskv3.ConnectResponse{ShimPid: uint32(os.Getpid()), Version: "v3"}
+func (s *Service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskapi.ConnectResponse, error) {
+	response := &taskapi.ConnectResponse{ShimPid: uint32(os.Getpid()), Version: "v3"}
 	c, err := s.container(r.ID)
 	switch {
 	case err == nil:
@@ -536,12 +536,12 @@ func (s *Service) Connect(_ context.Context, r *taskv3.ConnectRequest) (*taskv3.
 }
 
 // Shutdown does nothing: callers send it per container, and the agent lives as long as the guest.
-func (s *Service) Shutdown(context.Context, *taskv3.ShutdownRequest) (*emptypb.Empty, error) {
+func (s *Service) Shutdown(context.Context, *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	return &emptypb.Empty{}, nil
 }
 
 // Checkpoint is not implemented: CRIU is not in the guest.
-func (s *Service) Checkpoint(context.Context, *taskv3.CheckpointTaskRequest) (*emptypb.Empty, error) {
+func (s *Service) Checkpoint(context.Context, *taskapi.CheckpointTaskRequest) (*emptypb.Empty, error) {
 	return nil, errgrpc.ToGRPC(fmt.Errorf("cannot checkpoint a container in a guest: %w", errdefs.ErrNotImplemented))
 }
 

@@ -7,8 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -36,23 +35,22 @@ func TestUnknownContainer(t *testing.T) {
 	s := New(Options{StateDir: t.TempDir()})
 	ctx := context.Background()
 	for name, call := range map[string]func(id string) error{
-		"state":  func(id string) error { _, err := s.State(ctx, &taskv3.StateRequest{ID: id}); return err },
-		"start":  func(id string) error { _, err := s.Start(ctx, &taskv3.StartRequest{ID: id}); return err },
-		"delete": func(id string) error { _, err := s.Delete(ctx, &taskv3.DeleteRequest{ID: id}); return err },
-		"pids":   func(id string) error { _, err := s.Pids(ctx, &taskv3.PidsRequest{ID: id}); return err },
-		"pause":  func(id string) error { _, err := s.Pause(ctx, &taskv3.PauseRequest{ID: id}); return err },
-		"resume": func(id string) error { _, err := s.Resume(ctx, &taskv3.ResumeRequest{ID: id}); return err },
-		"kill":   func(id string) error { _, err := s.Kill(ctx, &taskv3.KillRequest{ID: id}); return err },
+		"state":  func(id string) error { _, err := s.State(ctx, &taskapi.StateRequest{ID: id}); return err },
+		"start":  func(id string) error { _, err := s.Start(ctx, &taskapi.StartRequest{ID: id}); return err },
+		"delete": func(id string) error { _, err := s.Delete(ctx, &taskapi.DeleteRequest{ID: id}); return err },
+		"pids":   func(id string) error { _, err := s.Pids(ctx, &taskapi.PidsRequest{ID: id}); return err },
+		"pause":  func(id string) error { _, err := s.Pause(ctx, &taskapi.PauseRequest{ID: id}); return err },
+		"resume": func(id string) error { _, err := s.Resume(ctx, &taskapi.ResumeRequest{ID: id}); return err },
+		"kill":   func(id string) error { _, err := s.Kill(ctx, &taskapi.KillRequest{ID: id}); return err },
 		"exec": func(id string) error {
-			_, err := s.Exec(ctx, &taskv3.ExecProcessRequest{ID: id, ExecID: "e"})
+			_, err := s.Exec(ctx, &taskapi.ExecProcessRequest{ID: id, ExecID: "e"})
 			return err
 		},
-		"resize": func(id string) error { _, err := s.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: id}); return err },
-		"close":  func(id string) error { _, err := s.CloseIO(ctx, &taskv3.CloseIORequest{ID: id}); return err },
-		"update": func(id string) error { _, err := s.Update(ctx, &taskv3.UpdateTaskRequest{ID: id}); return err },
-		"wait":   func(id string) error { _, err := s.Wait(ctx, &taskv3.WaitRequest{ID: id}); return err },
-		"stats":  func(id string) error { _, err := s.Stats(ctx, &taskv3.StatsRequest{ID: id}); return err },
-		"v2":     func(id string) error { _, err := s.V2().Wait(ctx, &taskv2.WaitRequest{ID: id}); return err },
+		"resize": func(id string) error { _, err := s.ResizePty(ctx, &taskapi.ResizePtyRequest{ID: id}); return err },
+		"close":  func(id string) error { _, err := s.CloseIO(ctx, &taskapi.CloseIORequest{ID: id}); return err },
+		"update": func(id string) error { _, err := s.Update(ctx, &taskapi.UpdateTaskRequest{ID: id}); return err },
+		"wait":   func(id string) error { _, err := s.Wait(ctx, &taskapi.WaitRequest{ID: id}); return err },
+		"stats":  func(id string) error { _, err := s.Stats(ctx, &taskapi.StatsRequest{ID: id}); return err },
 	} {
 		for _, id := range []string{"nobody", "", "../x", strings.Repeat("y", 1000)} {
 			if err := call(id); !errdefs.IsNotFound(class(err)) {
@@ -60,13 +58,13 @@ func TestUnknownContainer(t *testing.T) {
 			}
 		}
 	}
-	if _, err := s.Checkpoint(ctx, &taskv3.CheckpointTaskRequest{}); !errdefs.IsNotImplemented(class(err)) {
+	if _, err := s.Checkpoint(ctx, &taskapi.CheckpointTaskRequest{}); !errdefs.IsNotImplemented(class(err)) {
 		t.Errorf("checkpoint: %v", err)
 	}
-	if _, err := s.Shutdown(ctx, &taskv3.ShutdownRequest{ID: "nobody", Now: true}); err != nil {
+	if _, err := s.Shutdown(ctx, &taskapi.ShutdownRequest{ID: "nobody", Now: true}); err != nil {
 		t.Errorf("shutdown: %v", err)
 	}
-	if r, err := s.Connect(ctx, &taskv3.ConnectRequest{ID: "nobody"}); err != nil || r.ShimPid == 0 || r.TaskPid != 0 {
+	if r, err := s.Connect(ctx, &taskapi.ConnectRequest{ID: "nobody"}); err != nil || r.ShimPid == 0 || r.TaskPid != 0 {
 		t.Errorf("connect: %v, %v", r, err)
 	}
 	if err := s.Purge(ctx, "nobody"); err != nil {
@@ -100,10 +98,10 @@ func TestPrepare(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.Create(ctx, &taskv3.CreateTaskRequest{ID: "c1", Checkpoint: "x"}); !errdefs.IsNotImplemented(class(err)) {
+	if _, err := s.Create(ctx, &taskapi.CreateTaskRequest{ID: "c1", Checkpoint: "x"}); !errdefs.IsNotImplemented(class(err)) {
 		t.Errorf("create from a checkpoint: %v", err)
 	}
-	if _, err := s.Create(ctx, &taskv3.CreateTaskRequest{ID: "c1", Stdout: "/run/fifo"}); err == nil {
+	if _, err := s.Create(ctx, &taskapi.CreateTaskRequest{ID: "c1", Stdout: "/run/fifo"}); err == nil {
 		t.Error("a path of the host was taken for a stream")
 	}
 	if ids := s.IDs(); len(ids) != 0 {
@@ -112,7 +110,7 @@ func TestPrepare(t *testing.T) {
 	if err := s.Purge(ctx, "c1"); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.Create(ctx, &taskv3.CreateTaskRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := s.Create(ctx, &taskapi.CreateTaskRequest{ID: "c1"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("create after purge: %v", err)
 	}
 	s.StopAll(ctx, 0)
@@ -123,7 +121,7 @@ func TestPrepare(t *testing.T) {
 
 // running is a container as the service sees it, without one behind it.
 func running(s *Service) *container {
-	c := newContainer(s, &taskv3.CreateTaskRequest{ID: "c1", Bundle: "/b", Stdout: "stdio://t", Terminal: true})
+	c := newContainer(s, &taskapi.CreateTaskRequest{ID: "c1", Bundle: "/b", Stdout: "stdio://t", Terminal: true})
 	c.init.status = task.Status_RUNNING
 	c.init.pid = 42
 	s.containers["c1"] = c
@@ -136,20 +134,20 @@ func TestStateIsKeptInMemory(t *testing.T) {
 	ctx := context.Background()
 	// Another request has the container for itself, and State still answers.
 	c.busy <- struct{}{}
-	r, err := s.State(ctx, &taskv3.StateRequest{ID: "c1"})
+	r, err := s.State(ctx, &taskapi.StateRequest{ID: "c1"})
 	if err != nil || r.Status != task.Status_RUNNING || r.Pid != 42 || r.Bundle != "/b" || r.Stdout != "stdio://t" || !r.Terminal || r.ExitedAt != nil {
 		t.Errorf("%v, %v", r, err)
 	}
 	c.paused.Store(true)
-	if r, _ := s.State(ctx, &taskv3.StateRequest{ID: "c1"}); r.Status != task.Status_PAUSED {
+	if r, _ := s.State(ctx, &taskapi.StateRequest{ID: "c1"}); r.Status != task.Status_PAUSED {
 		t.Errorf("%v", r)
 	}
 	cancelled, cancel := context.WithCancel(ctx)
 	cancel()
-	if _, err := s.Pause(cancelled, &taskv3.PauseRequest{ID: "c1"}); err == nil {
+	if _, err := s.Pause(cancelled, &taskapi.PauseRequest{ID: "c1"}); err == nil {
 		t.Error("a busy container did not keep another request waiting")
 	}
-	if _, err := s.Wait(cancelled, &taskv3.WaitRequest{ID: "c1"}); err == nil {
+	if _, err := s.Wait(cancelled, &taskapi.WaitRequest{ID: "c1"}); err == nil {
 		t.Error("wait did not heed its context")
 	}
 }
@@ -159,15 +157,15 @@ func TestExecRecords(t *testing.T) {
 	c := running(s)
 	ctx := context.Background()
 	spec := &anypb.Any{Value: []byte(`{"args":["x"],"cwd":"/"}`)}
-	request := func(id string) *taskv3.ExecProcessRequest {
-		return &taskv3.ExecProcessRequest{ID: "c1", ExecID: id, Spec: spec}
+	request := func(id string) *taskapi.ExecProcessRequest {
+		return &taskapi.ExecProcessRequest{ID: "c1", ExecID: id, Spec: spec}
 	}
 	for _, id := range []string{"", "a/b", "..", strings.Repeat("x", 129)} {
 		if _, err := s.Exec(ctx, request(id)); !errdefs.IsInvalidArgument(class(err)) {
 			t.Errorf("exec %.10q: %v", id, err)
 		}
 	}
-	if _, err := s.Exec(ctx, &taskv3.ExecProcessRequest{ID: "c1", ExecID: "e", Spec: spec, Stdin: "/run/fifo"}); !errdefs.IsInvalidArgument(class(err)) {
+	if _, err := s.Exec(ctx, &taskapi.ExecProcessRequest{ID: "c1", ExecID: "e", Spec: spec, Stdin: "/run/fifo"}); !errdefs.IsInvalidArgument(class(err)) {
 		t.Errorf("a path of the host: %v", err)
 	}
 	if _, err := s.Exec(ctx, request("e")); err != nil {
@@ -176,16 +174,16 @@ func TestExecRecords(t *testing.T) {
 	if _, err := s.Exec(ctx, request("e")); !errdefs.IsAlreadyExists(class(err)) {
 		t.Errorf("a second e: %v", err)
 	}
-	if r, err := s.State(ctx, &taskv3.StateRequest{ID: "c1", ExecID: "e"}); err != nil || r.Status != task.Status_CREATED {
+	if r, err := s.State(ctx, &taskapi.StateRequest{ID: "c1", ExecID: "e"}); err != nil || r.Status != task.Status_CREATED {
 		t.Errorf("%v, %v", r, err)
 	}
-	if _, err := s.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: "c1", ExecID: "e"}); !errdefs.IsFailedPrecondition(class(err)) {
+	if _, err := s.ResizePty(ctx, &taskapi.ResizePtyRequest{ID: "c1", ExecID: "e"}); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("resize without terminal: %v", err)
 	}
-	if _, err := s.Delete(ctx, &taskv3.DeleteRequest{ID: "c1", ExecID: "e"}); err != nil {
+	if _, err := s.Delete(ctx, &taskapi.DeleteRequest{ID: "c1", ExecID: "e"}); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.Delete(ctx, &taskv3.DeleteRequest{ID: "c1", ExecID: "e"}); !errdefs.IsNotFound(class(err)) {
+	if _, err := s.Delete(ctx, &taskapi.DeleteRequest{ID: "c1", ExecID: "e"}); !errdefs.IsNotFound(class(err)) {
 		t.Errorf("second delete: %v", err)
 	}
 
@@ -206,14 +204,14 @@ func TestExecRecords(t *testing.T) {
 	if n := len(c.execs); n != maxExited {
 		t.Errorf("%d execs are kept", n)
 	}
-	if r, err := s.Wait(ctx, &taskv3.WaitRequest{ID: "c1", ExecID: fmt.Sprintf("e%d", many-1)}); err != nil || r.ExitStatus != startFailed {
+	if r, err := s.Wait(ctx, &taskapi.WaitRequest{ID: "c1", ExecID: fmt.Sprintf("e%d", many-1)}); err != nil || r.ExitStatus != startFailed {
 		t.Errorf("%v, %v", r, err)
 	}
 	c.init.fail()
 	if _, err := s.Exec(ctx, request("late")); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("exec after the end: %v", err)
 	}
-	if err := func() error { _, err := s.Kill(ctx, &taskv3.KillRequest{ID: "c1"}); return err }(); !errdefs.IsNotFound(class(err)) {
+	if err := func() error { _, err := s.Kill(ctx, &taskapi.KillRequest{ID: "c1"}); return err }(); !errdefs.IsNotFound(class(err)) {
 		t.Errorf("signal 0 after the end: %v", err)
 	}
 }

@@ -11,8 +11,6 @@ import (
 	"runtime/debug"
 	"time"
 
-	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
 
@@ -116,8 +114,7 @@ func run() error {
 	if err != nil {
 		return fmt.Errorf("cannot make the ttrpc server: %w", err)
 	}
-	taskv3.RegisterTTRPCTaskService(server, tasks)
-	taskv2.RegisterTTRPCTaskService(server, tasks.V2())
+	tasks.Register(server)
 	protocol.RegisterSandboxService(server, pod)
 
 	start("signals", func() error {
