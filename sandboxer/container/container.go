@@ -183,7 +183,6 @@ type container struct {
 	id, bundle string
 	init       *process
 	execs      map[string]*process
-	deleting   bool
 
 	creating     chan struct{} // closed when Create has ended, either way
 	cancelCreate context.CancelFunc
@@ -576,13 +575,16 @@ func (p *process) statusOf(s *Set) Status {
 	return p.status
 }
 
-// processes lists a container's processes, the first one first.
+// processes lists a container's processes, the first one first. One that is still being made is
+// left to its Exec, which finds the container gone.
 func (s *Set) processes(c *container) []*process {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	all := []*process{c.init}
 	for _, e := range c.execs {
-		all = append(all, e)
+		if e.ready {
+			all = append(all, e)
+		}
 	}
 	return all
 }
