@@ -130,6 +130,42 @@ func Load(parent, name string) (*Group, error) {
 	return nil, fmt.Errorf("cannot find the cgroup of %s: %w", name, err)
 }
 
+// Find looks for a leaf of that name anywhere in the hierarchies, for the day when nobody knows its
+// parent any more. Its error wraps fs.ErrNotExist if there is none.
+func Find(name string) (*Group, error) {
+	h, err := detected()
+	if err != nil {
+		return nil, err
+	}
+	return h.find(name)
+}
+
+func (h *host) find(name string) (*Group, error) {
+	var found *Group
+	for _, root := range h.roots() {
+		err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+			switch {
+			case err != nil:
+				return fs.SkipDir // a cgroup that went away meanwhile
+			case !d.IsDir() || d.Name() != name || p == root:
+				return nil
+			}
+			parent, err := filepath.Rel(root, filepath.Dir(p))
+			if err != nil {
+				return err
+			}
+			if found, err = h.group("/"+parent, name); err != nil {
+				return err
+			}
+			return fs.SkipAll
+		})
+		if err != nil || found != nil {
+			return found, err
+		}
+	}
+	return nil, fmt.Errorf("cannot find the cgroup of %s: %w", name, fs.ErrNotExist)
+}
+
 func (h *host) group(parent, name string) (*Group, error) {
 	if !leafName.MatchString(name) {
 		return nil, fmt.Errorf("cannot make a cgroup: %q is no name for one", name)

@@ -133,6 +133,24 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+func TestFind(t *testing.T) {
+	h := fakeV1(t)
+	want, err := h.create("/kubepods/burstable/podx", "pod1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := h.find("pod1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Path() != want.Path() {
+		t.Errorf("found %s, want %s", got.Path(), want.Path())
+	}
+	if _, err := h.find("pod2"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a leaf that is not there: %v", err)
+	}
+}
+
 func TestCreateRefuses(t *testing.T) {
 	h := fakeV1(t)
 	for _, name := range []string{"", ".", "..", "a/b", "-a", strings.Repeat("a", 129)} {

@@ -235,7 +235,7 @@ func (b *boot) stateDirectory(context.Context) error {
 }
 
 func (b *boot) makeCgroup(ctx context.Context) error {
-	g, err := b.m.opts.Runtime.NewCgroup(b.id)
+	g, err := b.m.opts.Runtime.NewCgroup(b.rec.CgroupParent, b.id)
 	if err != nil {
 		return err
 	}

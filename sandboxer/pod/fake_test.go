@@ -145,10 +145,10 @@ func (w *world) runtime() Runtime {
 			}
 			return nil, errors.New("no such process")
 		},
-		NewCgroup: func(name string) (Cgroup, error) {
+		NewCgroup: func(_, name string) (Cgroup, error) {
 			return &fakeCgroup{w, name}, w.make("cgroup", name, nil)
 		},
-		LoadCgroup: func(name string) (Cgroup, error) { return &fakeCgroup{w, name}, w.failure("load cgroup") },
+		LoadCgroup: func(_, name string) (Cgroup, error) { return &fakeCgroup{w, name}, w.failure("load cgroup") },
 		NewContainers: func(c ContainersConfig) (Containers, error) {
 			f := &fakeContainers{w: w, c: c, closed: make(chan struct{})}
 			return f, w.make("containers", c.PodID, f)

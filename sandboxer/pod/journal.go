@@ -39,6 +39,8 @@ type record struct {
 	Reason     string    `json:"reason,omitempty"`
 
 	NetNS string `json:"netns"`
+	// CgroupParent is where the engine wants the pod's processes counted; empty: nowhere special.
+	CgroupParent string `json:"cgroup_parent,omitempty"`
 	// Config is the CRI's PodSandboxConfig, CNI the result that came with it.
 	Config json.RawMessage `json:"config,omitempty"`
 	CNI    json.RawMessage `json:"cni,omitempty"`

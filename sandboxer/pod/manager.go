@@ -133,7 +133,7 @@ func (m *Manager) Create(_ context.Context, req CreateRequest) error {
 	p := m.newPod(req.ID)
 	p.rec = record{
 		Schema: journalSchema, BootID: m.opts.BootID, ID: req.ID, State: Created, CreatedAt: time.Now(),
-		NetNS: req.NetNS, Config: config, CNI: req.CNI,
+		NetNS: req.NetNS, CgroupParent: req.Config.GetLinux().GetCgroupParent(), Config: config, CNI: req.CNI,
 	}
 	// The pod is locked until it is whole: it can be found from here on.
 	p.mu.Lock()

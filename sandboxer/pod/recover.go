@@ -100,10 +100,10 @@ func (p *Pod) reclaim(ctx context.Context) error {
 
 	add(p.directoryUndo())
 	// The leaf holds every process of the pod, whether or not the journal knows it.
-	if g, err := rt.LoadCgroup(p.id); err != nil {
+	if g, err := rt.LoadCgroup(p.rec.CgroupParent, p.id); err != nil {
 		// Without the leaf nobody knows what still runs: the directory must stay.
 		add(undoStep{name: StageCgroup, fn: func(context.Context) error {
-			g, err := rt.LoadCgroup(p.id)
+			g, err := rt.LoadCgroup(p.rec.CgroupParent, p.id)
 			if err != nil {
 				return err
 			}

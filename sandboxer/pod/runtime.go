@@ -36,9 +36,11 @@ type Runtime struct {
 	StartVirtiofsd   func(ctx context.Context, c VirtiofsdConfig) (Virtiofsd, error)
 	RestoreVirtiofsd func(saved json.RawMessage) (Virtiofsd, error)
 
-	NewCgroup func(name string) (Cgroup, error)
-	// LoadCgroup finds the leaf that NewCgroup made for name; that there is none is no error.
-	LoadCgroup func(name string) (Cgroup, error)
+	// NewCgroup makes the leaf name below parent, which is empty where the engine names none.
+	NewCgroup func(parent, name string) (Cgroup, error)
+	// LoadCgroup finds the leaf that NewCgroup made; that there is none is no error. An empty parent
+	// may also mean that nobody knows the parent any more.
+	LoadCgroup func(parent, name string) (Cgroup, error)
 
 	// NewContainers makes the host's side of a pod's containers.
 	NewContainers func(ContainersConfig) (Containers, error)

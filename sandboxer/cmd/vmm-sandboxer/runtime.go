@@ -28,9 +28,6 @@ import (
 	"kuasar.io/kuasar/sandboxer/vm/qemu"
 )
 
-// cgroupParent holds the leaves of the pods' processes; empty is package cgroup's own choice.
-const cgroupParent = ""
-
 // newRuntime joins the parts that pods are made of.
 func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, error) {
 	driver, err := newDriver(cfg, dir, log)
@@ -60,7 +57,9 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 		OpenShare:   func(dir string) (pod.Share, error) { return orNil[pod.Share](storage.OpenShare(dir)) },
 		RemoveShare: storage.RemoveShare,
 
-		NewCgroup:  func(name string) (pod.Cgroup, error) { return orNil[pod.Cgroup](cgroup.New(cgroupParent, name)) },
+		NewCgroup: func(parent, name string) (pod.Cgroup, error) {
+			return orNil[pod.Cgroup](cgroup.New(parent, name))
+		},
 		LoadCgroup: loadCgroup,
 
 		NewContainers: newContainers,
@@ -104,10 +103,15 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 
 // loadCgroup finds a pod's leaf. One that is missing may be there in part, because the daemon was
 // killed while it made or removed it, so it is made whole: Delete then finds all of it.
-func loadCgroup(name string) (pod.Cgroup, error) {
-	g, err := cgroup.Load(cgroupParent, name)
+//
+// Without a parent it is looked for everywhere: the journal that named the parent may be lost.
+func loadCgroup(parent, name string) (pod.Cgroup, error) {
+	g, err := cgroup.Load(parent, name)
+	if errors.Is(err, fs.ErrNotExist) && parent == "" {
+		g, err = cgroup.Find(name)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
-		g, err = cgroup.New(cgroupParent, name)
+		g, err = cgroup.New(parent, name)
 	}
 	return orNil[pod.Cgroup](g, err)
 }
