@@ -461,7 +461,7 @@ func TestCommandLine(t *testing.T) {
 	line := strings.Join(qemu.CommandLine(d, spec), " ")
 	for _, want := range []string{
 		"-name sandbox-pod-1 ", "-machine q35,memory-backend=mem ", "memory-backend-memfd,id=mem,share=on,size=128M,prealloc=on",
-		"name=" + protocol.SerialPort, "tag=" + protocol.ShareTag, "no_timer_check tsc_early_khz=", "reboot=t", "task.log_level=debug quiet ",
+		"name=" + protocol.SerialPort, "tag=" + protocol.ShareTag, "no_timer_check noapictimer tsc_early_khz=", "reboot=t", "task.log_level=debug quiet ",
 	} {
 		if !strings.Contains(line, want) {
 			t.Errorf("%q is missing in %s", want, line)
@@ -469,6 +469,7 @@ func TestCommandLine(t *testing.T) {
 	}
 	spec.Share.Socket, spec.MemoryPrealloc = "", false
 	spec.Vsock = &vm.Vsock{CID: 77}
+	spec.VCPUs = 2
 	spec.Initrd, spec.Image = "", "/images/a,b.img"
 	spec.NICs = []vm.NIC{{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0xa}, MTU: 9000}, {MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0xb}, MTU: 1500}}
 	line = strings.Join(qemu.CommandLine(d, spec), " ")
@@ -477,7 +478,7 @@ func TestCommandLine(t *testing.T) {
 			t.Errorf("%q is missing in %s", want, line)
 		}
 	}
-	for _, not := range []string{"memory-backend", "virtserialport", "9p", "host_mtu=1500", "-initrd"} {
+	for _, not := range []string{"memory-backend", "virtserialport", "9p", "host_mtu=1500", "-initrd", "noapictimer"} {
 		if strings.Contains(line, not) {
 			t.Errorf("%q is in %s", not, line)
 		}
