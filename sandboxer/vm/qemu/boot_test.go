@@ -187,6 +187,37 @@ func TestRestoreRunningMachine(t *testing.T) {
 	<-m.Exited()
 }
 
+// TestReconnectUnderLoad breaks the transport while the guest sends as much as it can, and reconnects
+// at once, as a daemon does that was killed.
+func TestReconnectUnderLoad(t *testing.T) {
+	b := needBench(t, "tcg")
+	m, link := up(t, b, b.spec(t))
+	ctx := deadline(t, 120*time.Second)
+	e := m.Endpoint()
+	e.Restored = true
+	for round := range 10 {
+		console, err := link.Dial(ctx, protocol.PortConsole)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(console, "KSR_MODE exec\ncat /dev/zero\n")
+		n, err := io.CopyN(io.Discard, console, 8<<20)
+		if err != nil {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
+		link.Close()
+		begin := time.Now()
+		if link, err = guestlink.Open(ctx, e, quiet()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := link.Hello(ctx); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("round %d: the agent answered after %v", round, time.Since(begin).Round(time.Millisecond))
+	}
+	link.Close()
+}
+
 func makeDisk(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk")

@@ -26,7 +26,9 @@ const (
 )
 
 // consoleBuffers are lent to consoles that have something to read: most are silent.
-var consoleBuffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
+var consoleBuffers = sync.Pool{New: func() any { return new(consoleBuffer) }}
+
+type consoleBuffer [1 << 10]byte
 
 // console drains the guest's serial line into the pod's log. It is the only reader of the socket.
 type console struct {
@@ -70,10 +72,10 @@ func (c *console) drain() {
 	}
 	begin, taken := time.Now(), 0
 	for {
-		var buf *[4 << 10]byte
+		var buf *consoleBuffer
 		var n int
 		err := raw.Read(func(fd uintptr) bool {
-			buf = consoleBuffers.Get().(*[4 << 10]byte)
+			buf = consoleBuffers.Get().(*consoleBuffer)
 			var again bool
 			n, again = readNow(int(fd), buf[:])
 			if again {
@@ -100,6 +102,9 @@ func (c *console) drain() {
 
 func (c *console) write(p []byte) {
 	c.mu.Lock()
+	if c.tail == nil {
+		c.tail = make([]byte, 0, tailSize+len(consoleBuffer{}))
+	}
 	c.tail = append(c.tail, p...)
 	if i := bytes.LastIndex(c.tail, []byte(panicMark)); i >= 0 && bytes.IndexByte(c.tail[i:], '\n') > 0 {
 		select {
