@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -185,6 +186,62 @@ func TestRestoreRunningMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-m.Exited()
+}
+
+// TestShare reads a file of the host in the guest, over each kind of share.
+func TestShare(t *testing.T) {
+	b := needBench(t, "tcg")
+	for _, kind := range []string{"9p", "virtiofs"} {
+		t.Run(kind, func(t *testing.T) {
+			spec := b.spec(t)
+			shared := t.TempDir()
+			if err := os.WriteFile(filepath.Join(shared, "file"), []byte("from the host\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			spec.KernelParams = append(spec.KernelParams, protocol.ParamShareType+"="+kind)
+			if kind == "9p" {
+				spec.Share.Dir = shared
+			} else {
+				spec.Share.Socket = filepath.Join(spec.Dir, "virtiofs.sock")
+				startVirtiofsd(t, spec.Share.Socket, shared)
+			}
+			_, link := up(t, b, spec)
+			console, err := link.Dial(deadline(t, 10*time.Second), protocol.PortConsole)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer console.Close()
+			io.WriteString(console, "KSR_MODE exec\ncat "+protocol.SharePath+"/file\nexit\n")
+			console.SetReadDeadline(time.Now().Add(20 * time.Second))
+			if out, err := io.ReadAll(console); err != nil || !strings.Contains(string(out), "from the host") {
+				t.Errorf("the guest reads %q, %v", out, err)
+			}
+		})
+	}
+}
+
+// startVirtiofsd runs the daemon that comes with QEMU 7 until the test ends.
+func startVirtiofsd(t *testing.T, socket, dir string) {
+	t.Helper()
+	const path = "/usr/lib/qemu/virtiofsd"
+	if _, err := os.Stat(path); err != nil {
+		t.Skip(err)
+	}
+	cmd := exec.Command(path, "--socket-path="+socket, "-o", "source="+dir)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	for range 500 {
+		if _, err := os.Stat(socket); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("virtiofsd makes no socket")
 }
 
 // TestReconnectUnderLoad breaks the transport while the guest sends as much as it can, and reconnects
