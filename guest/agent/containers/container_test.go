@@ -149,7 +149,10 @@ func TestSignals(t *testing.T) {
 	g := newGuest(t)
 	h := g.open(false, false)
 	g.run("c1", g.spec("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"), h)
-	g.run("c2", g.spec("sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done"), g.open(false, false))
+	h.ready()
+	h = g.open(false, false)
+	g.run("c2", g.spec("sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done"), h)
+	h.ready()
 	if err := g.kill("c1", "", unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -165,12 +168,9 @@ func TestSignals(t *testing.T) {
 	if code := g.wait("c1", ""); code != 137 {
 		t.Errorf("exit status %d", code)
 	}
-	until(t, "trap in c2", func() bool {
-		if err := g.kill("c2", "", unix.SIGTERM); errdefs.IsNotFound(class(err)) {
-			return true
-		}
-		return false
-	})
+	if err := g.kill("c2", "", unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
 	if code := g.wait("c2", ""); code != 3 {
 		t.Errorf("exit status %d", code)
 	}
@@ -510,16 +510,25 @@ func TestPurgeAndStopAll(t *testing.T) {
 	if await(bounded, stuck.init.done) != nil {
 		t.Error("a wait for the purged container does not end")
 	}
-	g.run("polite", g.spec("sh", "-c", "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.02; done"), g.open(false, false))
-	g.run("deaf", g.spec("sh", "-c", "trap '' TERM; while :; do sleep 0.02; done"), g.open(false, false))
+	polite, deaf := g.open(false, false), g.open(false, false)
+	g.run("polite", g.spec("sh", "-c", "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.02; done"), polite)
+	g.run("deaf", g.spec("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.02; done"), deaf)
+	polite.ready()
+	deaf.ready()
 	if err := g.create("created", g.spec("true"), g.open(false, false)); err != nil {
 		t.Fatal(err)
 	}
-	g.s.StopAll(ctx, 300*time.Millisecond)
+	g.s.StopAll(ctx, time.Second)
 	if code := g.wait("deaf", ""); code != 137 {
 		t.Errorf("deaf ended with %d", code)
 	}
-	g.wait("polite", "")
+	if code := g.wait("polite", ""); code != 0 {
+		t.Errorf("polite ended with %d", code)
+	}
+	polite.group.Wait()
+	if got := polite.stdout.String(); got != "ready\nbye\n" {
+		t.Errorf("polite wrote %q", got)
+	}
 	g.wait("created", "")
 	if err := g.prepare("late", g.spec("true")); !errdefs.IsUnavailable(err) {
 		t.Errorf("prepare afterwards: %v", err)

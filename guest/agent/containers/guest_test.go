@@ -197,8 +197,38 @@ type hostEnd struct {
 	g              *guest
 	names          stdioNames
 	in             *stdio.Writer
-	stdout, stderr bytes.Buffer
+	stdout, stderr buffer
 	group          sync.WaitGroup
+}
+
+// buffer can be looked at while it is written to.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func (b *buffer) Len() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Len()
+}
+
+// ready waits until the process says so. Signals before that meet libcontainer's init.
+func (h *hostEnd) ready() {
+	h.g.t.Helper()
+	until(h.g.t, "ready", func() bool { return strings.Contains(h.stdout.String(), "ready\n") })
 }
 
 // open opens streams as the host does, before the guest hears of the process.
@@ -223,7 +253,7 @@ func (g *guest) open(stdin, terminal bool) *hostEnd {
 		}
 		h.in = w
 	}
-	read := func(kind stdio.Kind, name *string, buf *bytes.Buffer, t string) {
+	read := func(kind stdio.Kind, name *string, buf *buffer, t string) {
 		r, err := stdio.OpenOutput(ctx, dial, t, kind, 0)
 		if err != nil {
 			g.t.Fatal(err)
