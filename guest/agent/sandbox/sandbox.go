@@ -60,7 +60,8 @@ const (
 	defaultShm = 64 << 20
 )
 
-// Setup applies what belongs to the pod. A failed call can be repeated.
+// Setup applies what belongs to the pod. What a failed call had done is not undone: the host ends
+// the machine.
 func (s *Service) Setup(ctx context.Context, r *protocol.SetupRequest) (*protocol.SetupResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

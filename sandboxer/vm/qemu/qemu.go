@@ -45,7 +45,8 @@ type Driver struct {
 	version     string
 	machineType string
 	kvm         bool
-	tscKHz      int // of the host; 0 means unknown
+	tscKHz      int  // of the host; 0 means unknown
+	qboot       bool // the quick firmware is there
 	debug       bool
 	log         *slog.Logger
 }
@@ -115,8 +116,23 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if !d.kvm {
 		d.tscKHz = measureTSC()
+		d.qboot = d.hasFirmware(ctx, qbootROM)
 	}
 	return d, nil
+}
+
+// hasFirmware says whether QEMU finds a file among its firmware.
+func (d *Driver) hasFirmware(ctx context.Context, name string) bool {
+	dirs, err := exec.CommandContext(ctx, d.path, "-L", "help").Output()
+	if err != nil {
+		return false
+	}
+	for dir := range strings.Lines(string(dirs)) {
+		if fi, err := os.Stat(filepath.Join(strings.TrimSpace(dir), name)); err == nil && fi.Mode().IsRegular() {
+			return true
+		}
+	}
+	return false
 }
 
 // Name is the hypervisor, its version and its accelerator, such as "QEMU 7.2.22 (tcg)".

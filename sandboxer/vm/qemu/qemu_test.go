@@ -485,6 +485,36 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
+func TestQuickFirmwareIsUsedIfThere(t *testing.T) {
+	path := vmtest.StandIn(t, vmtest.Behaviour{})
+	config := qemu.Config{Path: path, MachineType: "q35", Accelerator: "tcg", Log: quiet()}
+	for _, there := range []bool{false, true} {
+		if there {
+			if err := os.WriteFile(filepath.Join(filepath.Dir(path), "qboot.rom"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d, err := qemu.New(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spec := plainSpec(t)
+		if used := slices.Contains(qemu.CommandLine(d, spec), "qboot.rom"); used != there {
+			t.Errorf("there: %v, used: %v", there, used)
+		}
+		m, err := d.Create(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Start(deadline(t, 20*time.Second)); err != nil {
+			t.Error(err)
+		}
+		if err := m.Stop(deadline(t, 10*time.Second)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestDisks(t *testing.T) {
 	_, m := start(t, vmtest.Behaviour{}, plainSpec(t))
 	ctx := deadline(t, 20*time.Second)

@@ -46,6 +46,12 @@ var once = map[string]*regexp.Regexp{
 	"mon":     regexp.MustCompile(`^chardev=[a-z]+,mode=control$`),
 }
 
+// atMostOnce are those that may be missing.
+var atMostOnce = map[string]*regexp.Regexp{
+	"initrd": regexp.MustCompile(`^/`),
+	"bios":   regexp.MustCompile(`^qboot\.rom$`),
+}
+
 // bare are the options without a value that must be there.
 var bare = []string{"nodefaults", "no-user-config", "no-reboot"}
 
@@ -90,11 +96,15 @@ func ParseCommandLine(args []string) (*CommandLine, error) {
 }
 
 func (c *CommandLine) option(name, value string) error {
-	if re := once[name]; re != nil || name == "initrd" {
+	re := once[name]
+	if re == nil {
+		re = atMostOnce[name]
+	}
+	if re != nil {
 		if _, twice := c.Options[name]; twice {
 			return fmt.Errorf("given twice")
 		}
-		if re != nil && !re.MatchString(value) {
+		if !re.MatchString(value) {
 			return fmt.Errorf("not a value of this option")
 		}
 		c.Options[name] = value

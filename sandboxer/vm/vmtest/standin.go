@@ -102,6 +102,10 @@ func runStandIn(args []string) error {
 		fmt.Println(b.Version)
 		return nil
 	}
+	if len(args) == 2 && args[0] == "-L" && args[1] == "help" {
+		fmt.Println(filepath.Dir(os.Args[0])) // where its firmware is, if it has any
+		return nil
+	}
 	if len(args) > 1 && args[1] == "kvm-probe" {
 		// A boot that shows whether KVM works; nothing of it is worth checking here.
 		io.WriteString(os.Stdout, b.Console)
