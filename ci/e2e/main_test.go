@@ -138,6 +138,7 @@ func begin(t *testing.T) context.Context {
 		Bridge:        bed.Bridge,
 		CgroupParents: []string{cgroupParent},
 		Daemons:       map[string]int{"vmm-sandboxer": sandboxer.PID()},
+		Metrics:       sandboxer.Metrics(),
 	}
 	before, err := census.Take(scope)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -95,6 +96,8 @@ func (r *Registry) WriteTo(w io.Writer) (int64, error) {
 	counter(&b, "kuasar_boot_failures_total", "Boots that failed, by the stage that failed.", "stage", r.failures)
 	counter(&b, "kuasar_recovered_pods_total", "Pods found at the daemon's start, by what became of them.", "outcome", r.recovered)
 	r.mu.Unlock()
+	// What a leak of the daemon's own would show in; the tests compare it before and after each pod.
+	fmt.Fprintf(&b, "# HELP go_goroutines Number of goroutines that currently exist.\n# TYPE go_goroutines gauge\ngo_goroutines %d\n", runtime.NumGoroutine())
 	n, err := io.WriteString(w, b.String())
 	return int64(n), err
 }

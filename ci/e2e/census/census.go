@@ -7,8 +7,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -30,6 +32,9 @@ type Scope struct {
 	Bridge string
 	// CgroupParents are cgroups, in every hierarchy, whose descendants count.
 	CgroupParents []string
+	// Metrics is a socket that yields the counters of a daemon, of which that of its goroutines
+	// counts.
+	Metrics string
 	// Daemons are processes whose open descriptors count, by name.
 	Daemons map[string]int
 }
@@ -56,6 +61,7 @@ func Take(scope Scope) (Census, error) {
 		c.processes(),
 		c.files(scope.Dirs),
 		c.descriptors(scope.Daemons),
+		c.goroutines(scope.Metrics),
 	)
 }
 
@@ -268,6 +274,28 @@ func (c Census) descriptors(daemons map[string]int) error {
 		}
 	}
 	return nil
+}
+
+// goroutines reads how many of them a daemon has.
+func (c Census) goroutines(socket string) error {
+	if socket == "" {
+		return nil
+	}
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		return fmt.Errorf("cannot count goroutines: %w", err)
+	}
+	defer conn.Close()
+	text, err := io.ReadAll(conn)
+	if err != nil {
+		return fmt.Errorf("cannot count goroutines: %w", err)
+	}
+	match := regexp.MustCompile(`(?m)^go_goroutines (\d+)$`).FindSubmatch(text)
+	if match == nil {
+		return fmt.Errorf("cannot count goroutines: %s does not tell them", socket)
+	}
+	c["goroutine"], err = strconv.Atoi(string(match[1]))
+	return err
 }
 
 var (

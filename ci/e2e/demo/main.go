@@ -185,6 +185,7 @@ func (s *show) start(ctx context.Context, root string) error {
 		Bridge:        s.node.Bridge,
 		CgroupParents: []string{"/kuasar-vmm"},
 		Daemons:       map[string]int{"vmm-sandboxer": s.sandboxer.PID()},
+		Metrics:       s.sandboxer.Metrics(),
 	}
 	s.before, err = census.Take(s.scope)
 	return err

@@ -102,6 +102,9 @@ func (s *Sandboxer) Kill() { s.process.kill() }
 // PID of the daemon.
 func (s *Sandboxer) PID() int { return s.process.pid }
 
+// Metrics is the socket on which the daemon tells its counters.
+func (s *Sandboxer) Metrics() string { return filepath.Join(s.Dir, ".metrics.sock") }
+
 // Running says whether the daemon lives.
 func (s *Sandboxer) Running() bool {
 	select {
