@@ -108,23 +108,31 @@ func up(t *testing.T, b bench, spec vm.Spec) (vm.Machine, guestlink.Link) {
 	return m, link
 }
 
+// ask runs a command in the guest's console and returns what it prints.
+func ask(t *testing.T, link guestlink.Link, command string) string {
+	t.Helper()
+	console, err := link.Dial(deadline(t, 10*time.Second), protocol.PortConsole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
+	io.WriteString(console, "KSR_MODE exec\n"+command+"\nexit\n")
+	console.SetReadDeadline(time.Now().Add(20 * time.Second))
+	out, err := io.ReadAll(console)
+	if err != nil {
+		t.Errorf("%s: %q, %v", command, out, err)
+	}
+	return string(out)
+}
+
 func TestBootHelloStop(t *testing.T) {
 	b := needBench(t, "")
 	spec := b.spec(t)
 	m, link := up(t, b, spec)
 	ctx := deadline(t, 20*time.Second)
-
-	console, err := link.Dial(ctx, protocol.PortConsole)
-	if err != nil {
-		t.Fatal(err)
+	if out := ask(t, link, "echo $((6*7))"); !strings.Contains(out, "42") {
+		t.Errorf("the console said %q", out)
 	}
-	io.WriteString(console, "KSR_MODE exec\necho $((6*7))\nexit\n")
-	console.SetReadDeadline(time.Now().Add(10 * time.Second))
-	out, err := io.ReadAll(console)
-	if err != nil || !strings.Contains(string(out), "42") {
-		t.Errorf("the console said %q, %v", out, err)
-	}
-	console.Close()
 
 	state, err := m.State()
 	if err != nil {
@@ -206,15 +214,8 @@ func TestShare(t *testing.T) {
 				startVirtiofsd(t, spec.Share.Socket, shared)
 			}
 			_, link := up(t, b, spec)
-			console, err := link.Dial(deadline(t, 10*time.Second), protocol.PortConsole)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer console.Close()
-			io.WriteString(console, "KSR_MODE exec\ncat "+protocol.SharePath+"/file\nexit\n")
-			console.SetReadDeadline(time.Now().Add(20 * time.Second))
-			if out, err := io.ReadAll(console); err != nil || !strings.Contains(string(out), "from the host") {
-				t.Errorf("the guest reads %q, %v", out, err)
+			if out := ask(t, link, "cat "+protocol.SharePath+"/file"); !strings.Contains(out, "from the host") {
+				t.Errorf("the guest reads %q", out)
 			}
 		})
 	}
@@ -288,7 +289,7 @@ func makeDisk(t *testing.T) string {
 
 func TestDisksComeAndGo(t *testing.T) {
 	b := needBench(t, "")
-	m, _ := up(t, b, b.spec(t))
+	m, link := up(t, b, b.spec(t))
 	ctx := deadline(t, 60*time.Second)
 	disk := makeDisk(t)
 	pid, err := m.State()
@@ -303,6 +304,9 @@ func TestDisksComeAndGo(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Logf("round %d: %s attached within %v", round, serial, time.Since(begin).Round(time.Millisecond))
+		}
+		if out := ask(t, link, "until [ -e /sys/block/vda/serial -a -e /sys/block/vdb/serial ]; do sleep 0.05; done; cat /sys/block/vd?/serial"); !strings.Contains(out, "ab") && !strings.Contains(out, "a\nb") {
+			t.Errorf("the guest sees the disks %q", out)
 		}
 		for _, serial := range []string{"a", "b", "never"} {
 			begin := time.Now()

@@ -28,8 +28,8 @@ const (
 	tbSize = 64
 )
 
-// qbootROM is a firmware that only starts a kernel. On TCG it takes a seventh off the boot that SeaBIOS
-// needs; with KVM it was never tried, and little would be won.
+// qbootROM is a firmware that only starts a kernel. On TCG a boot with it takes a tenth less than
+// with SeaBIOS; with KVM it was never tried, and little would be won.
 const qbootROM = "qboot.rom"
 
 // inherited collects the descriptors that the process inherits; it numbers them as exec does.

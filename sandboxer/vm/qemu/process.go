@@ -26,9 +26,7 @@ type process struct {
 // files (from 3 on), inside the cgroups of the given cgroup.procs files from its first instruction.
 // It outlives this daemon.
 func spawn(path string, args []string, stdio [3]int, files []*os.File, cgroupProcs []string) (*process, error) {
-	// Whoever started this daemon may have left it descriptors that are not close-on-exec. They are
-	// no business of a hypervisor.
-	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+	if err := keepDescriptors(); err != nil {
 		return nil, fmt.Errorf("cannot keep descriptors from the hypervisor: %w", err)
 	}
 	attr := &syscall.ProcAttr{
@@ -73,6 +71,26 @@ func spawn(path string, args []string, stdio [3]int, files []*os.File, cgroupPro
 		return nil, fmt.Errorf("cannot execute %s: %w", path, err)
 	}
 	return adopt(pid, pidfd)
+}
+
+// keepDescriptors makes everything beyond the standard streams close-on-exec. Whoever started this
+// daemon may have left it descriptors that are not, and they are no business of a hypervisor.
+func keepDescriptors() error {
+	err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	if err != unix.ENOSYS && err != unix.EINVAL {
+		return err
+	}
+	// Linux before 5.11.
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
 }
 
 // fork starts the process from a thread that has entered the cgroups v1 named by tasks. In v1 every
