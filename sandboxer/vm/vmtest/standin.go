@@ -77,10 +77,13 @@ func RunStandIn() {
 	}
 	if err := runStandIn(os.Args[1:]); err != nil {
 		fmt.Fprintf(os.Stderr, "qemu-system-x86_64: %v\n", err)
-		os.Exit(1)
+		exit(1)
 	}
-	os.Exit(0)
+	exit(0)
 }
+
+// exit ends the process without the second that the race detector waits at the end of every program.
+func exit(status int) { syscall.Exit(status) }
 
 func runStandIn(args []string) error {
 	inheritedFDs, err := openFDs()
@@ -113,7 +116,7 @@ func runStandIn(args []string) error {
 		if b.Silent {
 			syscall.Pause()
 		}
-		os.Exit(b.Exit)
+		exit(b.Exit)
 	}
 	cl, err := ParseCommandLine(args)
 	if err != nil {
@@ -124,7 +127,7 @@ func runStandIn(args []string) error {
 	}
 	io.WriteString(os.Stderr, b.Stderr)
 	if b.Exit != 0 {
-		os.Exit(b.Exit)
+		exit(b.Exit)
 	}
 	return (&standIn{behaviour: b, line: cl, disks: map[string]string{}, nodes: map[string]*os.File{}, sets: map[int]*os.File{}}).run()
 }
