@@ -53,7 +53,7 @@ func (c *Client) Close() error { return c.Conn.Close() }
 
 // WaitReady returns when the runtime says that it and its network are ready.
 func (c *Client) WaitReady(ctx context.Context) error {
-	last := errors.New("no answer yet")
+	var last error
 	for {
 		answer, err := c.Runtime.Status(ctx, &runtimeapi.StatusRequest{}, grpc.WaitForReady(true))
 		switch {
