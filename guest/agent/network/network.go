@@ -57,15 +57,37 @@ func Apply(ctx context.Context, n *protocol.Network) error {
 	if err := rename(p.interfaces, links); err != nil {
 		return err
 	}
+	// An interface that is down has no routes and no neighbours, so at a boot there are none to be
+	// found and removed: listing them takes longer than all the rest.
+	fresh := true
 	for _, i := range p.interfaces {
+		fresh = fresh && links[i.name].Attrs().Flags&net.FlagUp == 0
 		if err := configure(i, links[i.name]); err != nil {
 			return fmt.Errorf("cannot set interface %s up: %w", i.name, err)
 		}
 	}
-	if err := setRoutes(p.routes, links); err != nil {
+	have := map[string]bool{}
+	if fresh {
+		for _, i := range p.interfaces {
+			for _, a := range i.addresses {
+				if ones, bits := a.Mask.Size(); ones == bits {
+					continue // a host's address reaches nobody else
+				}
+				have[reachOfAddress(a, links[i.name].Attrs().Index)] = true
+			}
+		}
+	} else {
+		if have, err = removeRoutes(p.routes, links); err != nil {
+			return err
+		}
+		if err := removeNeighbours(p.neighbours, links); err != nil {
+			return err
+		}
+	}
+	if err := addRoutes(p.routes, have, links); err != nil {
 		return err
 	}
-	return setNeighbours(p.neighbours, links)
+	return addNeighbours(p.neighbours, links)
 }
 
 // iface, route and neighbour are the checked forms of the messages.
@@ -371,7 +393,9 @@ func configure(i iface, l netlink.Link) error {
 	return nil
 }
 
-func setRoutes(want []route, links map[string]netlink.Link) error {
+// removeRoutes removes the routes that are not wanted, and returns by identity and by reach those
+// that are there.
+func removeRoutes(want []route, links map[string]netlink.Link) (map[string]bool, error) {
 	owned := map[int]bool{}
 	for _, l := range links {
 		owned[l.Attrs().Index] = true
@@ -380,7 +404,7 @@ func setRoutes(want []route, links map[string]netlink.Link) error {
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		old, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return fmt.Errorf("cannot list the routes: %w", err)
+			return nil, fmt.Errorf("cannot list the routes: %w", err)
 		}
 		for _, r := range old {
 			if !owned[r.LinkIndex] {
@@ -400,10 +424,14 @@ func setRoutes(want []route, links map[string]netlink.Link) error {
 				continue
 			}
 			if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
-				return fmt.Errorf("cannot remove the route to %v: %w", r.Dst, err)
+				return nil, fmt.Errorf("cannot remove the route to %v: %w", r.Dst, err)
 			}
 		}
 	}
+	return have, nil
+}
+
+func addRoutes(want []route, have map[string]bool, links map[string]netlink.Link) error {
 	for _, w := range want {
 		w.LinkIndex = links[w.device].Attrs().Index
 		if have[identity(&w.Route)] || (w.Gw == nil && have[reach(&w.Route)]) {
@@ -427,6 +455,15 @@ func reach(r *netlink.Route) string {
 	return fmt.Sprint(r.Family, " ", dst, " ", r.LinkIndex)
 }
 
+// reachOfAddress is the reach of the route that the kernel makes for an address.
+func reachOfAddress(a *net.IPNet, link int) string {
+	family := unix.AF_INET
+	if len(a.IP) == net.IPv6len {
+		family = unix.AF_INET6
+	}
+	return reach(&netlink.Route{Family: family, LinkIndex: link, Dst: &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}})
+}
+
 // identity is what makes two routes the same.
 func identity(r *netlink.Route) string {
 	metric, scope := r.Priority, r.Scope
@@ -439,7 +476,7 @@ func identity(r *netlink.Route) string {
 	return fmt.Sprint(reach(r), " ", r.Gw, " ", r.Src, " ", scope, " ", metric, " ", r.MTU, " ", r.Flags&int(netlink.FLAG_ONLINK))
 }
 
-func setNeighbours(want []neighbour, links map[string]netlink.Link) error {
+func removeNeighbours(want []neighbour, links map[string]netlink.Link) error {
 	for _, l := range links {
 		old, err := netlink.NeighList(l.Attrs().Index, netlink.FAMILY_ALL)
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -457,6 +494,10 @@ func setNeighbours(want []neighbour, links map[string]netlink.Link) error {
 			}
 		}
 	}
+	return nil
+}
+
+func addNeighbours(want []neighbour, links map[string]netlink.Link) error {
 	for _, w := range want {
 		family := unix.AF_INET
 		if len(w.ip) == net.IPv6len {

@@ -32,6 +32,8 @@ type Options struct {
 	Containers Containers
 	// Namespaces makes the namespaces that the pod's containers share.
 	Namespaces func(sharedPID bool, hostname string) error
+	// Ready, if not nil, is called once when the pod is set up.
+	Ready func()
 	// Share is why the share could not be mounted, or nil.
 	Share error
 	// Quiesce stops everything; End ends the machine and does not return.
@@ -75,6 +77,9 @@ func (s *Service) Setup(ctx context.Context, r *protocol.SetupRequest) (*protoco
 		return nil, errgrpc.ToGRPC(err)
 	}
 	s.ready = true
+	if s.Ready != nil {
+		s.Ready()
+	}
 	return &protocol.SetupResponse{}, nil
 }
 

@@ -57,8 +57,8 @@ func main() {
 // run only returns what ends the guest before it could serve.
 func run() error {
 	began := time.Now()
-	// The agent's memory is the pod's loss.
-	debug.SetGCPercent(50)
+	// The agent's memory is the pod's loss, but collecting it now would delay the pod: see settle.
+	debug.SetGCPercent(400)
 
 	if err := boot.Mount(); err != nil {
 		return err
@@ -101,6 +101,7 @@ func run() error {
 			_, err := namespaces.Setup(sharedPID, hostname)
 			return err
 		},
+		Ready:   settle,
 		Share:   shareErr,
 		Quiesce: machine.Quiesce,
 		End:     machine.PowerOff,
@@ -152,6 +153,14 @@ func run() error {
 
 // signalGrace is what containers get when the guest itself is told to end.
 const signalGrace = 10 * time.Second
+
+// settle gives back what the boot took, once the pod is up and before its first container comes.
+func settle() {
+	time.AfterFunc(100*time.Millisecond, func() {
+		debug.SetGCPercent(50)
+		debug.FreeOSMemory()
+	})
+}
 
 // start runs a part of the agent. Its failure is the agent's.
 func start(name string, part func() error) {
