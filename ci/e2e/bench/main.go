@@ -1,6 +1,7 @@
 // Bench measures what the appliance promises to be: how fast a pod starts, how small it is. It
 // prints a table of medians beside what they must reach, and keeps every sample in out/bench/.
-// "go tool mage bench" builds what it needs and runs it in ci/e2e.
+// "go tool mage bench" builds what it needs and runs it in ci/e2e. Arguments, if any, name the parts
+// to run: pods, memory, boots, builds.
 //
 // What is compared is compared in the same run, one sample of each in turn, so that whatever else
 // the machine does meets both.
@@ -113,14 +114,17 @@ func bench(ctx context.Context) (err error) {
 	m := &measurer{node: n, sandboxer: sandboxer, config: config}
 	r := &report{Time: time.Now(), Cores: runtime.NumCPU(), Memory: memory()}
 	for _, part := range []struct {
-		title string
-		run   func(context.Context, *report) error
+		name, title string
+		run         func(context.Context, *report) error
 	}{
-		{"pods: start, containers, exec", m.pods},
-		{"memory", m.memory},
-		{"boots with two kernels", m.boots},
-		{"builds", m.builds},
+		{"pods", "pods: start, containers, exec", m.pods},
+		{"memory", "memory", m.memory},
+		{"boots", "boots with two kernels", m.boots},
+		{"builds", "builds", m.builds},
 	} {
+		if len(os.Args) > 1 && !slices.Contains(os.Args[1:], part.name) {
+			continue
+		}
 		fmt.Printf("measuring %s\n", part.title)
 		if err := part.run(ctx, r); err != nil {
 			return fmt.Errorf("measuring %s: %w", part.title, err)
