@@ -797,8 +797,6 @@ func TestStatsOfSlowGuest(t *testing.T) {
 		<-release
 		return nil, errors.New("late")
 	})
-	p.mu.Lock()
-	p.mu.Unlock()
 	p.Set.mu.Lock()
 	p.Set.containers["c1"].stats.at = time.Time{} // long ago
 	p.Set.mu.Unlock()

@@ -30,7 +30,6 @@ func NewServer(c *Controller) *Server {
 	s := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
 		grpc.MaxRecvMsgSize(maxRequest),
-		grpc.SharedWriteBuffer(true),
 	)
 	desc := &grpc.ServiceDesc{ServiceName: serviceName}
 	for _, m := range methods {

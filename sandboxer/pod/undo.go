@@ -94,15 +94,3 @@ func (u *undoList) run(ctx context.Context, upTo tier) error {
 	u.mu.Unlock()
 	return errors.Join(errs...)
 }
-
-// pending tells whether steps of the machine's tier are still to be undone.
-func (u *undoList) pending() bool {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	for _, s := range u.steps {
-		if s.tier == machineTier {
-			return true
-		}
-	}
-	return false
-}

@@ -19,8 +19,7 @@ func TestMain(m *testing.M) {
 		go func() {
 			defer close(done)
 			defer Guard()
-			var m map[string]int
-			m["x"]++
+			panic("on purpose")
 		}()
 		<-done
 		select {}
@@ -32,7 +31,7 @@ func TestMain(m *testing.M) {
 
 func TestLastWords(t *testing.T) {
 	for mode, want := range map[string]string{
-		"panic": "vmm-task: panic: assignment to entry in nil map",
+		"panic": "vmm-task: panic: on purpose",
 		"fatal": "vmm-task: permission denied",
 	} {
 		cmd := exec.Command(os.Args[0])

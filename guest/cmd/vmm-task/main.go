@@ -49,12 +49,10 @@ func main() {
 		os.Exit(2)
 	}
 	defer shutdown.Guard()
-	if err := run(); err != nil {
-		shutdown.Fatal(err)
-	}
+	shutdown.Fatal(run())
 }
 
-// run only returns what ends the guest before it could serve.
+// run only returns if the guest cannot serve, and says why: its error is never nil.
 func run() error {
 	began := time.Now()
 	// The agent's memory is the pod's loss, but collecting it now would delay the pod: see settle.

@@ -328,8 +328,15 @@ func keys(value string) map[string]string {
 func known(kv map[string]string, properties []string) error {
 	for key := range kv {
 		if key != "type" && key != "driver" && !slices.Contains(properties, key) {
-			return fmt.Errorf("Property '%s' not found", key)
+			return verbatim("Property '%s' not found", key)
 		}
 	}
 	return nil
 }
+
+// verbatim is an error in QEMU's own words, which do not follow the conventions of Go.
+func verbatim(format string, args ...any) error { return words(fmt.Sprintf(format, args...)) }
+
+type words string
+
+func (w words) Error() string { return string(w) }

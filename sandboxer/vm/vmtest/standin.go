@@ -229,6 +229,11 @@ func (s *standIn) serveConsole(l net.Listener, end chan struct{}) {
 
 func (s *standIn) serveAgent(l *net.UnixListener) {
 	var unanswered []net.Conn
+	defer func() {
+		for _, conn := range unanswered {
+			conn.Close()
+		}
+	}()
 	for {
 		conn, err := l.AcceptUnix()
 		if err != nil {
@@ -338,7 +343,7 @@ func (s *standIn) addFD(args json.RawMessage, file *os.File) (any, error) {
 		return nil, err
 	}
 	if file == nil {
-		return nil, errors.New("No file descriptor supplied via SCM_RIGHTS")
+		return nil, verbatim("No file descriptor supplied via SCM_RIGHTS")
 	}
 	set := s.nextSet
 	s.nextSet++
@@ -354,7 +359,7 @@ func (s *standIn) removeFD(args json.RawMessage, _ *os.File) (any, error) {
 		return nil, err
 	}
 	if a.Set == nil || s.sets[*a.Set] == nil {
-		return nil, errors.New("File descriptor named 'fdset-id' not found")
+		return nil, verbatim("File descriptor named 'fdset-id' not found")
 	}
 	s.sets[*a.Set].Close()
 	delete(s.sets, *a.Set)
@@ -377,13 +382,13 @@ func (s *standIn) addNode(args json.RawMessage, _ *os.File) (any, error) {
 	}
 	var set int
 	if n, err := fmt.Sscanf(a.File.Filename, "/dev/fdset/%d", &set); n != 1 || err != nil || s.sets[set] == nil {
-		return nil, fmt.Errorf("Could not open '%s'", a.File.Filename)
+		return nil, verbatim("Could not open '%s'", a.File.Filename)
 	}
 	if a.Driver != "raw" || a.File.Driver != "file" && a.File.Driver != "host_device" {
 		return nil, errors.New("unknown driver")
 	}
 	if len(a.NodeName) > 31 || s.nodes[a.NodeName] != nil {
-		return nil, errors.New("Invalid or duplicate node-name")
+		return nil, verbatim("Invalid or duplicate node-name")
 	}
 	fd, err := unix.FcntlInt(s.sets[set].Fd(), unix.F_GETFL, 0)
 	if err != nil {
@@ -408,10 +413,10 @@ func (s *standIn) deleteNode(args json.RawMessage, _ *os.File) (any, error) {
 		return nil, err
 	}
 	if s.nodes[a.NodeName] == nil {
-		return nil, fmt.Errorf("Failed to find node with node-name='%s'", a.NodeName)
+		return nil, verbatim("Failed to find node with node-name='%s'", a.NodeName)
 	}
 	if _, used := s.disks[a.NodeName]; used {
-		return nil, fmt.Errorf("Node %s is in use", a.NodeName)
+		return nil, verbatim("Node %s is in use", a.NodeName)
 	}
 	s.nodes[a.NodeName].Close()
 	delete(s.nodes, a.NodeName)
@@ -430,10 +435,10 @@ func (s *standIn) addDevice(args json.RawMessage, _ *os.File) (any, error) {
 		return nil, err
 	}
 	if a.Driver != "virtio-blk-pci" || s.nodes[a.Drive] == nil || a.ID != a.Drive {
-		return nil, errors.New("Property 'virtio-blk-device.drive' can't find value")
+		return nil, verbatim("Property 'virtio-blk-device.drive' can't find value")
 	}
 	if !s.line.RootPorts[a.Bus] {
-		return nil, fmt.Errorf("Bus '%s' not found", a.Bus)
+		return nil, verbatim("Bus '%s' not found", a.Bus)
 	}
 	for _, bus := range s.disks {
 		if bus == a.Bus {
