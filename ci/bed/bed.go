@@ -3,8 +3,10 @@
 package bed
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 
 	"kuasar.io/kuasar/ci/build"
 	"kuasar.io/kuasar/ci/host"
+	"kuasar.io/kuasar/ci/lint"
 )
 
 // Demo runs the guide's pod and shows it. KEEP and END in the environment are explained by what it
@@ -25,18 +28,45 @@ func Demo(ctx context.Context, tree build.Tree) error {
 	return run(ctx, tree, e2e, nil, "run", "./demo")
 }
 
-// Test runs the unit tests, then the tests that need root and virtual machines.
+// Test runs the unit tests, the checks of the source, then the tests that need root and virtual
+// machines: what fails sooner comes first. It prints a line for each phase with its time.
 func Test(ctx context.Context, tree build.Tree) error {
 	if err := host.Ensure(ctx, host.Race); err != nil {
 		return err
 	}
-	if err := run(ctx, tree, ".", []string{"CGO_ENABLED=1"}, "test", "-race", "./..."); err != nil {
-		return err
+	race := []string{"CGO_ENABLED=1"}
+	phases := []phase{
+		{"unit tests", func() error { return run(ctx, tree, ".", race, "test", "-race", "./...") }},
+		{"unit tests of " + console, func() error { return run(ctx, tree, console, race, "test", "-race", "./...") }},
+		{"checks of the source", func() error { return lint.Run(ctx, cmp.Or(tree.Root, "."), os.Stdout) }},
+		{"builds", func() error { return prepare(ctx, tree) }},
+		{"end-to-end tests", func() error {
+			return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, "test", "-count=1", "-timeout=30m", "-v", "./...")
+		}},
 	}
-	if err := prepare(ctx, tree); err != nil {
-		return err
+	return inOrder(phases, os.Stdout)
+}
+
+// A phase is a part of the tests.
+type phase struct {
+	name string
+	run  func() error
+}
+
+// inOrder runs the phases up to the first that fails and tells how each ended.
+func inOrder(phases []phase, out io.Writer) error {
+	for _, p := range phases {
+		fmt.Fprintf(out, "==== %s\n", p.name)
+		began := time.Now()
+		err := p.run()
+		took := time.Since(began).Round(100 * time.Millisecond)
+		if err != nil {
+			fmt.Fprintf(out, "==== %s: FAILED after %s\n", p.name, took)
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+		fmt.Fprintf(out, "==== %s: ok, %s\n", p.name, took)
 	}
-	return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, "test", "-count=1", "-timeout=30m", "-v", "./...")
+	return nil
 }
 
 // Bench measures and prints the table; the samples are kept in out/bench/.
@@ -47,7 +77,11 @@ func Bench(ctx context.Context, tree build.Tree) error {
 	return run(ctx, tree, e2e, nil, "run", "./bench")
 }
 
-const e2e = "ci/e2e"
+// Modules of their own.
+const (
+	e2e     = "ci/e2e"
+	console = "guest/initrd/console"
+)
 
 func prepare(ctx context.Context, tree build.Tree) error {
 	if os.Geteuid() != 0 {
