@@ -67,11 +67,15 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 		return err
 	}
 
-	counters, err := listen(filepath.Join(dir, metricsSocket))
+	metricsPath := filepath.Join(dir, metricsSocket)
+	counters, err := listen(metricsPath)
 	if err != nil {
 		return err
 	}
-	defer counters.Close()
+	defer func() {
+		counters.Close()
+		_ = os.Remove(metricsPath)
+	}()
 	go serveMetrics(counters, registry)
 	l, err := listen(s.listen)
 	if err != nil {
@@ -139,7 +143,8 @@ func prepareDir(dir string) (string, error) {
 }
 
 // lockDir makes this daemon the only one of the directory. The lock ends with the process; the name
-// of its file cannot be a pod's.
+// of its file cannot be a pod's. The file stays: if it were removed, a daemon that had opened it
+// before could lock it beside one that makes it anew.
 func lockDir(dir string) (*os.File, error) {
 	path := filepath.Join(dir, ".lock")
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
