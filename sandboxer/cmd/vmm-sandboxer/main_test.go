@@ -44,6 +44,26 @@ func TestGuideDefaults(t *testing.T) {
 	}
 }
 
+func TestShareType(t *testing.T) {
+	for params, want := range map[string]string{
+		"":                         "",
+		"quiet task.debug":         "",
+		"task.sharefs_type=9p":     "9p",
+		"task.sharefs_type=9p x=y": "9p",
+		"task.sharefs_type=virtiofs task.sharefs_type=9p": "9p",
+		"task.sharefs_type=9p task.sharefs_type=virtiofs": "virtiofs",
+	} {
+		if got, err := shareType(params); got != want || err != nil {
+			t.Errorf("%q: %q, %v; want %q", params, got, err, want)
+		}
+	}
+	for _, params := range []string{"task.sharefs_type=", "task.sharefs_type=nfs"} {
+		if got, err := shareType(params); err == nil {
+			t.Errorf("%q is taken for %q", params, got)
+		}
+	}
+}
+
 func TestRefusesToStart(t *testing.T) {
 	dir := shortDir(t)
 	write := func(name, text string, mode os.FileMode) string {

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/cgroup"
 	"kuasar.io/kuasar/sandboxer/config"
 	"kuasar.io/kuasar/sandboxer/container"
@@ -69,10 +70,20 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 	} else {
 		log.Info("this host has no vsock for guests; they are reached through a serial port", "device", pod.VsockDevice, "error", err)
 	}
-	path, kind, err := storage.FindVirtiofsd(cfg.Hypervisor.Virtiofsd.Path)
-	switch {
-	case err != nil:
+	share, err := shareType(cfg.Hypervisor.KernelParams)
+	if err != nil {
 		return pod.Runtime{}, err
+	}
+	var path string
+	var kind storage.Kind
+	if share != nineP {
+		if path, kind, err = storage.FindVirtiofsd(cfg.Hypervisor.Virtiofsd.Path); err != nil {
+			return pod.Runtime{}, err
+		}
+	}
+	switch {
+	case share == nineP:
+		log.Info("pods get their files by 9p, as configured", "key", "hypervisor.kernel_params", "parameter", protocol.ParamShareType+"="+nineP)
 	case path == "":
 		log.Warn("no virtiofs daemon is installed: pods get their files by 9p, which is slower; install the package virtiofsd")
 	default:
@@ -99,6 +110,27 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 		return virtiofsd{d}, nil
 	}
 	return rt, nil
+}
+
+// How files get into a guest, as values of protocol.ParamShareType.
+const (
+	virtiofs = "virtiofs"
+	nineP    = "9p"
+)
+
+// shareType returns what the kernel's parameters ask for, or empty. As for the guest, the last one
+// counts.
+func shareType(params string) (string, error) {
+	asked, given := "", false
+	for param := range strings.FieldsSeq(params) {
+		if value, found := strings.CutPrefix(param, protocol.ParamShareType+"="); found {
+			asked, given = value, true
+		}
+	}
+	if !given || asked == virtiofs || asked == nineP {
+		return asked, nil
+	}
+	return "", fmt.Errorf("hypervisor.kernel_params: %s=%s: want %s or %s", protocol.ParamShareType, asked, virtiofs, nineP)
 }
 
 // loadCgroup finds a pod's leaf. One that is missing may be there in part, because the daemon was
