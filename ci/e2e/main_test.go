@@ -227,7 +227,11 @@ func runPod(ctx context.Context, t *testing.T, config *runtimeapi.PodSandboxConf
 		defer cancel()
 		if t.Failed() {
 			keepLogs(t)
-			t.Logf("the last lines of the guest's console:\n%s", node.Tail(filepath.Join(sandboxer.Dir, id, "sandbox-"+id+".log"), 15))
+			// Below the directory of whichever sandboxer it is.
+			logs, _ := filepath.Glob(filepath.Join(bed.Dir, "*", id, "sandbox-"+id+".log"))
+			for _, log := range logs {
+				t.Logf("the last lines of the guest's console:\n%s", node.Tail(log, 15))
+			}
 		}
 		if err := bed.CRI.RemovePod(ctx, id); err != nil {
 			t.Error(err)

@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -13,6 +15,44 @@ import (
 
 func TestVolumes(t *testing.T) {
 	ctx := begin(t)
+	useVolumes(ctx, t, runPod(ctx, t, podConfig(t), node.Handler))
+}
+
+// Where there is no virtiofs daemon, or 9p is asked for, the hypervisor itself serves the files.
+func TestShareBy9p(t *testing.T) {
+	ctx := begin(t)
+	by9p := startFaulty(ctx, t, node.Settings{
+		"kernel_params": strconv.Quote("task.log_level=debug task.sharefs_type=virtiofs task.debug task.sharefs_type=9p"),
+	})
+	p := runPod(ctx, t, podConfig(t), node.HandlerFaulty)
+	_, commandLine, err := by9p.VMM(p.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if args := strings.Join(commandLine, " "); !strings.Contains(args, "virtio-9p-pci") || strings.Contains(args, "vhost-user-fs") {
+		t.Errorf("the virtual machine's share is not 9p: %s", args)
+	}
+	id := useVolumes(ctx, t, p)
+	mounts := exec(ctx, t, id, "cat", "/proc/mounts")
+	for _, path := range []string{"/", "/mnt/dir", "/etc/a.conf", "/mnt/secret"} {
+		if !strings.Contains(mounts, " "+path+" 9p ") {
+			t.Errorf("%s is no 9p mount:\n%s", path, mounts)
+		}
+	}
+	t.Run("root file system", func(t *testing.T) {
+		// More than a message of 9p holds, appended to, renamed and removed.
+		got := exec(ctx, t, id, "sh", "-c", `head -c 1000000 /dev/urandom > /big && cat /big > /copy && cmp /big /copy &&
+			echo end >> /copy && mv /copy /moved && wc -c < /moved && chmod 640 /moved && stat -c %a /moved && rm /big /moved && ls /moved 2>&1`+" || true")
+		if !strings.HasPrefix(got, "1000004\n640\n") || !strings.Contains(got, "No such file") {
+			t.Errorf("it says %q", got)
+		}
+	})
+}
+
+// useVolumes runs a container with a directory, a single file and a read-only directory, uses them,
+// and returns its id.
+func useVolumes(ctx context.Context, t *testing.T, p *pod) string {
+	t.Helper()
 	host := t.TempDir()
 	for name, text := range map[string]string{"dir/inside": "in the directory\n", "file": "a file\n", "secret/key": "a key\n"} {
 		path := filepath.Join(host, name)
@@ -23,7 +63,6 @@ func TestVolumes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p := runPod(ctx, t, podConfig(t), node.Handler)
 	config := container("sleep 1000")
 	config.Mounts = []*runtimeapi.Mount{
 		{HostPath: filepath.Join(host, "dir"), ContainerPath: "/mnt/dir"},
@@ -68,6 +107,7 @@ func TestVolumes(t *testing.T) {
 			}
 		}
 	})
+	return id
 }
 
 // The guest's root is hostile: what it plants in the parts of the share that it can write to, and
