@@ -62,6 +62,51 @@ func TestRestartOfContainerd(t *testing.T) {
 	})
 }
 
+// A daemon that is killed leaves its pods running, and the one that follows takes them over.
+// containerd takes the loss of its connection for the end of the containers that run, so nothing is
+// asked of those but that they leave nothing behind.
+func TestRestartOfTheDaemon(t *testing.T) {
+	ctx := begin(t)
+	daemon := startFaulty(ctx, t, nil)
+	p := runPod(ctx, t, podConfig(t), node.HandlerFaulty)
+	p.start(ctx, t, container("sleep 1000"))
+	vmm, _, err := daemon.VMM(p.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	daemon.Kill()
+	if _, err := os.Lstat(daemon.Metrics()); err != nil {
+		t.Errorf("the killed daemon left no stale socket for the next to replace: %v", err)
+	}
+	if err := daemon.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+
+	// A verbose status is asked of the daemon; containerd's connection to it has backed off.
+	ready := func() bool {
+		answer, err := bed.CRI.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+		return err == nil && answer.Status.State == runtimeapi.PodSandboxState_SANDBOX_READY
+	}
+	eventually(ctx, t, "containerd reaches the daemon and the pod is ready", ready)
+	if now, _, err := daemon.VMM(p.id); err != nil || now != vmm {
+		t.Fatalf("the virtual machine was process %d and is %d, %v", vmm, now, err)
+	}
+	id := p.start(ctx, t, container("sleep 1000"))
+	if got := exec(ctx, t, id, "echo", "hello"); got != "hello\n" {
+		t.Errorf("a container in the pod says %q", got)
+	}
+	if !ready() {
+		t.Error("the pod is not ready any more")
+	}
+	if err := bed.CRI.RemovePod(ctx, p.id); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := daemon.VMM(p.id); err == nil {
+		t.Error("the virtual machine outlives its pod")
+	}
+}
+
 func TestMachineThatDies(t *testing.T) {
 	ctx := begin(t)
 	p := runPod(ctx, t, podConfig(t), node.Handler)
