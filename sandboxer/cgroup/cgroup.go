@@ -287,7 +287,8 @@ func (g *Group) Procs() []string {
 	return files
 }
 
-// PIDs lists the processes that are in the leaf, or below it, in any hierarchy.
+// PIDs lists the processes that are in the leaf, or below it, in any hierarchy. This process is not
+// among them: a thread of it that Start put there is about to end.
 func (g *Group) PIDs() ([]int, error) {
 	seen := map[int]bool{}
 	for _, root := range g.host.roots() {
@@ -303,7 +304,7 @@ func (g *Group) PIDs() ([]int, error) {
 				return nil
 			}
 			for f := range strings.FieldsSeq(string(text)) {
-				if pid, err := strconv.Atoi(f); err == nil && pid > 0 {
+				if pid, err := strconv.Atoi(f); err == nil && pid > 0 && pid != os.Getpid() {
 					seen[pid] = true
 				}
 			}

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kuasar.io/kuasar/sandboxer/cgroup"
 )
 
 // Kind is a dialect of the virtiofs daemon's command line.
@@ -205,14 +207,8 @@ func StartVirtiofsd(ctx context.Context, cfg Virtiofsd) (d *Daemon, err error) {
 			os.Remove(cfg.Socket)
 		}
 	}()
-	if err := d.exec(argv, listener); err != nil {
+	if err := d.exec(argv, listener, cfg.CgroupProcs); err != nil {
 		return nil, err
-	}
-	for _, procs := range cfg.CgroupProcs {
-		// It has allocated nothing yet, and forks the process that serves when the machine comes.
-		if err := os.WriteFile(procs, []byte(strconv.Itoa(d.pid)), 0); err != nil {
-			return nil, errors.Join(fmt.Errorf("moving it into its cgroup: %w", err), d.Stop())
-		}
 	}
 	if d.started, err = startTime(d.pid); err != nil {
 		return nil, errors.Join(err, d.Stop())
@@ -252,7 +248,7 @@ func listenOn(path string) (*os.File, error) {
 }
 
 // exec starts the process and the goroutines that follow it.
-func (d *Daemon) exec(argv []string, listener *os.File) error {
+func (d *Daemon) exec(argv []string, listener *os.File, cgroupProcs []string) error {
 	// The daemon's words come through a pipe that it holds at both ends and writes to without
 	// blocking: nothing that the guest makes it print fills a disk, and it neither stalls nor dies
 	// while nobody reads, as after a restart of this process.
@@ -284,7 +280,7 @@ func (d *Daemon) exec(argv []string, listener *os.File) error {
 		ExtraFiles:  []*os.File{listener, theirRead}, // the first is listenFD
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
 	}
-	if err := d.cmd.Start(); err != nil {
+	if err := cgroup.Start(cgroupProcs, d.cmd.SysProcAttr, d.cmd.Start); err != nil {
 		unix.Close(reader)
 		return err
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -14,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kuasar.io/kuasar/sandboxer/cgroup"
 )
 
 // process is the hypervisor: a child, or after a restart of the daemon a stranger.
@@ -41,31 +42,11 @@ func spawn(path string, args []string, stdio [3]int, files []*os.File, cgroupPro
 	pidfd := -1
 	attr.Sys.PidFD = &pidfd
 
-	var tasks []string
-	for _, procs := range cgroupProcs {
-		dir := filepath.Dir(procs)
-		var fs unix.Statfs_t
-		if err := unix.Statfs(procs, &fs); err != nil {
-			return nil, fmt.Errorf("cannot enter the cgroup %s: %w", dir, err)
-		}
-		switch fs.Type {
-		case unix.CGROUP2_SUPER_MAGIC:
-			if attr.Sys.UseCgroupFD {
-				return nil, fmt.Errorf("cannot enter the cgroup %s: a process is in one cgroup v2 only", dir)
-			}
-			d, err := os.Open(dir)
-			if err != nil {
-				return nil, fmt.Errorf("cannot enter the cgroup: %w", err)
-			}
-			defer d.Close()
-			attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(d.Fd())
-		case unix.CGROUP_SUPER_MAGIC:
-			tasks = append(tasks, filepath.Join(dir, "tasks"))
-		default:
-			return nil, fmt.Errorf("cannot enter the cgroup %s: it is on no cgroup file system", dir)
-		}
-	}
-	pid, err := fork(path, append([]string{path}, args...), attr, tasks)
+	var pid int
+	err := cgroup.Start(cgroupProcs, attr.Sys, func() (err error) {
+		pid, _, err = syscall.StartProcess(path, append([]string{path}, args...), attr)
+		return err
+	})
 	runtime.KeepAlive(files)
 	if err != nil {
 		return nil, fmt.Errorf("cannot execute %s: %w", path, err)
@@ -91,38 +72,6 @@ func keepDescriptors() error {
 		}
 	}
 	return nil
-}
-
-// fork starts the process from a thread that has entered the cgroups v1 named by tasks. In v1 every
-// thread is in cgroups of its own, and a child inherits those of the thread that made it: this way
-// there is neither a moment in which the child is outside, nor a program between the daemon and
-// QEMU. The thread ends with the goroutine.
-func fork(path string, argv []string, attr *syscall.ProcAttr, tasks []string) (pid int, err error) {
-	if len(tasks) == 0 {
-		pid, _, err = syscall.StartProcess(path, argv, attr)
-		return pid, err
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// The main thread never ends. While it is locked here, another goroutine runs on
-			// another thread.
-			defer runtime.UnlockOSThread()
-			pid, err = fork(path, argv, attr, tasks)
-			return
-		}
-		for _, file := range tasks {
-			if err = os.WriteFile(file, []byte("0"), 0); err != nil {
-				err = fmt.Errorf("cannot enter the cgroup: %w", err)
-				return
-			}
-		}
-		pid, _, err = syscall.StartProcess(path, argv, attr)
-	}()
-	<-done
-	return pid, err
 }
 
 // adopt wraps a process. It takes over pidfd, and makes one if that is negative.
