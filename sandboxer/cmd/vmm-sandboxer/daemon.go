@@ -9,11 +9,14 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"time"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
+	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/guest/protocol/version"
 	"kuasar.io/kuasar/sandboxer/config"
 	"kuasar.io/kuasar/sandboxer/controller"
@@ -54,11 +57,13 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 	}
 	registry := new(metrics.Registry)
 	h := cfg.Hypervisor
+	// Who writes the guest's own parameter means the console as much as who sets the key.
+	console := h.Debug || slices.Contains(strings.Fields(h.KernelParams), protocol.ParamDebug)
 	manager := pod.NewManager(pod.Options{
 		Dir: dir, BootID: bootID, Runtime: rt,
 		Kernel: h.KernelPath, Initrd: h.InitrdPath, Image: h.ImagePath, KernelParams: h.KernelParams,
 		Size:           pod.Size{VCPUs: h.VCPUs, MemoryMiB: h.MemoryInMB},
-		MemoryPrealloc: h.EnableMemPrealloc, Debug: h.Debug,
+		MemoryPrealloc: h.EnableMemPrealloc, Debug: console,
 		Metrics: registry, Log: log,
 	})
 	began := time.Now()
