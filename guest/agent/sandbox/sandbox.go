@@ -49,7 +49,10 @@ type Service struct {
 
 	mu    sync.Mutex // held by Setup
 	ready bool
-	net   sync.Mutex // held while the network is changed
+	// namespaces makes the containers' namespaces at its first call and returns what became of it
+	// at every one; nil before Setup.
+	namespaces func() error
+	net        sync.Mutex // held while the network is changed
 }
 
 var _ protocol.SandboxService = (*Service)(nil)
@@ -60,6 +63,9 @@ func New(o Options) *Service { return &Service{Options: o} }
 const (
 	maxFile    = 1 << 20 // of hosts and resolv.conf
 	defaultShm = 64 << 20
+
+	// namespaceDelay lets the answer of Setup go out first.
+	namespaceDelay = 20 * time.Millisecond
 )
 
 // Setup applies what belongs to the pod. What a failed call had done is not undone: the host ends
@@ -126,7 +132,16 @@ func (s *Service) setup(ctx context.Context, r *protocol.SetupRequest) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Namespaces(r.GetSharedPidNamespace(), r.GetHostname()); err != nil {
+	s.namespaces = sync.OnceValue(func() error {
+		return s.Namespaces(r.GetSharedPidNamespace(), r.GetHostname())
+	})
+	if len(late) == 0 {
+		// They take as long as half of the rest, and nobody needs them before the first container:
+		// they are made while the engine is still busy with telling that the pod is ready.
+		time.AfterFunc(namespaceDelay, func() { s.namespaces() })
+		return nil
+	}
+	if err := s.namespaces(); err != nil {
 		return err
 	}
 	return setPodSysctls(late)
@@ -203,6 +218,16 @@ func (s *Service) UpdateNetwork(ctx context.Context, r *protocol.UpdateNetworkRe
 
 // PrepareContainer announces a container.
 func (s *Service) PrepareContainer(ctx context.Context, r *protocol.PrepareContainerRequest) (*protocol.PrepareContainerResponse, error) {
+	s.mu.Lock()
+	namespaces := s.namespaces
+	s.mu.Unlock()
+	if namespaces == nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("cannot prepare container %s: the pod is not set up: %w",
+			r.GetContainerId(), errdefs.ErrFailedPrecondition))
+	}
+	if err := namespaces(); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
 	if err := s.Containers.Prepare(ctx, r); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}

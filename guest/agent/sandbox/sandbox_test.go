@@ -90,6 +90,7 @@ func (c containers) Purge(context.Context, string) error                        
 
 func TestErrorsCarryTheirClass(t *testing.T) {
 	s := New(Options{Containers: containers{}})
+	s.namespaces = func() error { return nil }
 	if _, err := s.PrepareContainer(context.Background(), nil); err != nil {
 		t.Error(err)
 	}
@@ -167,5 +168,41 @@ func TestPowerOffQuiescesAnswersAndEnds(t *testing.T) {
 	case <-ended:
 	case <-time.After(10 * time.Second):
 		t.Error("the machine does not end")
+	}
+}
+
+// preparing records what is prepared.
+type preparing struct {
+	Containers
+	prepared []string
+}
+
+func (c *preparing) Prepare(_ context.Context, r *protocol.PrepareContainerRequest) error {
+	c.prepared = append(c.prepared, r.GetContainerId())
+	return nil
+}
+
+// TestPrepareNeedsTheNamespaces: whatever became of the namespaces, the container's caller learns it.
+func TestPrepareNeedsTheNamespaces(t *testing.T) {
+	c := &preparing{}
+	s := New(Options{Containers: c, Log: slog.New(slog.DiscardHandler)})
+	prepare := func() error {
+		_, err := s.PrepareContainer(t.Context(), &protocol.PrepareContainerRequest{ContainerId: "a"})
+		return err
+	}
+	if err := prepare(); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("before Setup: %v", err)
+	}
+	broken := errors.New("no more namespaces")
+	s.namespaces = func() error { return broken }
+	if err := prepare(); err == nil || !strings.Contains(err.Error(), broken.Error()) {
+		t.Errorf("without namespaces: %v", err)
+	}
+	if len(c.prepared) > 0 {
+		t.Errorf("prepared %q", c.prepared)
+	}
+	s.namespaces = func() error { return nil }
+	if err := prepare(); err != nil || len(c.prepared) != 1 {
+		t.Errorf("prepared %q: %v", c.prepared, err)
 	}
 }

@@ -96,6 +96,7 @@ func run() error {
 	pod = sandbox.New(sandbox.Options{
 		Containers: tasks,
 		Namespaces: func(sharedPID bool, hostname string) error {
+			defer shutdown.Guard()
 			_, err := namespaces.Setup(sharedPID, hostname)
 			return err
 		},
