@@ -122,7 +122,7 @@ func demo(ctx context.Context, keep bool) (err error) {
 		{"The pod's files: ls -al <state directory>/<pod>", s.files},
 		{"In the guest's debug console: ip addr show", s.addresses},
 		{"In the guest's debug console: ping the gateway", s.ping},
-		{"crictl exec <container> uname -a", s.exec},
+		{"crictl exec <container> sh -c 'uname -a; exit 7'", s.exec},
 		{"crictl logs <container>", s.log},
 	}
 	if keep {

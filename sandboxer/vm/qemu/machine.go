@@ -276,7 +276,8 @@ func (m *Machine) checkRunning(ctx context.Context, c *qmp.Client) error {
 	return nil
 }
 
-// listen makes a listening Unix socket that stays when the daemon's descriptor is closed.
+// listen makes a listening Unix socket, for root only, that stays when the daemon's descriptor is
+// closed.
 func listen(path string) (*os.File, error) {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
@@ -284,6 +285,10 @@ func listen(path string) (*os.File, error) {
 	}
 	l.SetUnlinkOnClose(false)
 	defer l.Close()
+	if err := os.Chmod(path, 0o600); err != nil {
+		os.Remove(path)
+		return nil, fmt.Errorf("cannot make a socket: %w", err)
+	}
 	return l.File()
 }
 
