@@ -1,6 +1,10 @@
 package e2e
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -51,4 +55,46 @@ func TestOutOfMemory(t *testing.T) {
 		t.Errorf("the exit is %d %s, not 137 OOMKilled", status.ExitCode, status.Reason)
 	}
 	exec(ctx, t, p.start(ctx, t, container("sleep 1000")), "true")
+}
+
+// TestProcessesAreInThePodsCgroup: the hypervisor and the file system daemon count as the pod.
+func TestProcessesAreInThePodsCgroup(t *testing.T) {
+	ctx := begin(t)
+	p := runPod(ctx, t, podConfig(t), node.Handler)
+	vmm, _, err := sandboxer.VMM(p.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	membership, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", vmm))
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := cgroupParent + "/" + p.id
+	if !strings.Contains(string(membership), ":"+leaf+"\n") {
+		t.Fatalf("the hypervisor is not in %s:\n%s", leaf, membership)
+	}
+	// In every hierarchy the leaf holds the same processes, and no thread of the sandboxer.
+	leaves, err := filepath.Glob(filepath.Join("/sys/fs/cgroup", "*", leaf, "cgroup.procs"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaves = append(leaves, filepath.Join("/sys/fs/cgroup", leaf, "cgroup.procs"))
+	found := 0
+	for _, procs := range leaves {
+		text, err := os.ReadFile(procs)
+		if os.IsNotExist(err) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		found++
+		pids := strings.Fields(string(text))
+		if !slices.Contains(pids, fmt.Sprint(vmm)) || slices.Contains(pids, fmt.Sprint(sandboxer.PID())) {
+			t.Errorf("%s holds %q; want %d, and not the sandboxer, which is %d", procs, pids, vmm, sandboxer.PID())
+		}
+	}
+	if found == 0 {
+		t.Error("no hierarchy has the pod's leaf")
+	}
 }
