@@ -529,7 +529,7 @@ func (p *Pod) openTasks(ctx context.Context, sharedPID bool) error {
 		return err
 	}
 	path := filepath.Join(p.dir, taskSocket)
-	l, err := listenUnix(path)
+	l, err := p.m.opts.Runtime.listen(p.id, path)
 	if err != nil {
 		_ = containers.Close()
 		return err
@@ -538,7 +538,7 @@ func (p *Pod) openTasks(ctx context.Context, sharedPID bool) error {
 	p.containers = containers
 	p.mu.Unlock()
 	if err := p.undo.add(ctx, undoStep{name: StageTask, tier: recordTier, fn: func(context.Context) error {
-		return errors.Join(containers.Close(), closeListener(l, path))
+		return errors.Join(containers.Close(), p.m.opts.Runtime.unlisten(p.id), closeListener(l, path))
 	}}); err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ const debugSocket = "debug.sock"
 // on a node without vsock. The returned function ends it.
 func serveDebug(dir string, guest *Guest) (func() error, error) {
 	path := filepath.Join(dir, debugSocket)
-	l, err := listenUnix(path)
+	l, err := ListenUnix(path)
 	if err != nil {
 		return nil, err
 	}
@@ -74,9 +74,9 @@ func halfClose(c net.Conn) {
 	}
 }
 
-// listenUnix listens on path with mode 0600; a socket file left there by another daemon is replaced.
-// The caller knows that no other daemon lives.
-func listenUnix(path string) (net.Listener, error) {
+// ListenUnix listens on path with mode 0600; a socket file left there by another daemon is replaced.
+// The caller knows that no other daemon lives. Closing the listener leaves the file.
+func ListenUnix(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
 		return nil, fmt.Errorf("cannot replace the socket %s: %w", path, err)
 	}

@@ -437,6 +437,11 @@ func (c *fakeContainers) Close() error {
 	return c.w.remove("containers", c.c.PodID)
 }
 
+func (c *fakeContainers) HandOver() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.w.failure("hand over")
+}
+
 func (c *fakeContainers) GuestGone(at time.Time) {
 	c.mu.Lock()
 	c.gone = at

@@ -361,8 +361,8 @@ func (m *Manager) Close() {
 			continue
 		}
 		wg.Go(func() {
-			if err := containers.Close(); err != nil {
-				p.log.Warn("cannot close the task socket", "error", err)
+			if err := containers.HandOver(); err != nil {
+				p.log.Warn("the pod's containers are not handed over whole", "error", err)
 			}
 		})
 	}

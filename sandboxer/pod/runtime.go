@@ -42,8 +42,19 @@ type Runtime struct {
 	// may also mean that nobody knows the parent any more.
 	LoadCgroup func(parent, name string) (Cgroup, error)
 
-	// NewContainers makes the host's side of a pod's containers.
+	// NewContainers makes the host's side of a pod's containers. For a pod that another daemon left it
+	// takes over the clients' connections that this one kept, and returns when every call that was
+	// outstanding on them has found its container again; it is always called before Listen.
 	NewContainers func(ContainersConfig) (Containers, error)
+
+	// Listen returns the listener of a pod's task socket. One that an earlier daemon kept is taken
+	// over with the clients that wait on it, and the file at path is left alone then; otherwise it is
+	// made as ListenUnix does. Closing the listener neither removes the file nor what is kept of it.
+	// Nil: ListenUnix.
+	Listen func(podID, path string) (net.Listener, error)
+	// Unlisten forgets what Listen keeps of the pod's listener for another daemon. It is called when
+	// the listener is closed for good, also where nothing was kept. Nil: nothing is ever kept.
+	Unlisten func(podID string) error
 }
 
 // Network is the attachment of a machine to the pod's network namespace.
@@ -114,9 +125,16 @@ type ContainersConfig struct {
 
 // Containers is the host's side of the containers of one pod.
 type Containers interface {
-	// Serve answers the task and streaming APIs on l until Close.
+	// Serve answers the task and streaming APIs on l until Close or HandOver, which close l.
 	Serve(l net.Listener) error
+	// Close forgets the containers together with their pod: the clients' connections end, and what
+	// was kept for another daemon is kept no more.
 	Close() error
+	// HandOver lets go of the containers because this daemon ends and another is to go on: nothing
+	// that it needs is removed or ended, and the last records are journalled. Where connections
+	// cannot be kept they end without an answer to the calls on them. It returns within a few
+	// seconds whatever the guest does. Neither Close nor anything else follows.
+	HandOver() error
 	// GuestGone ends every process at the given time and releases the containers' storage.
 	GuestGone(exit time.Time)
 	// OOM reports that the guest's kernel killed a process of the container for want of memory.
@@ -129,4 +147,18 @@ type Containers interface {
 type console interface {
 	// LastOutput returns the last lines, oldest first.
 	LastOutput() []string
+}
+
+func (r *Runtime) listen(podID, path string) (net.Listener, error) {
+	if r.Listen == nil {
+		return ListenUnix(path)
+	}
+	return r.Listen(podID, path)
+}
+
+func (r *Runtime) unlisten(podID string) error {
+	if r.Unlisten == nil {
+		return nil
+	}
+	return r.Unlisten(podID)
 }
