@@ -27,6 +27,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/handover"
 )
 
 // Guest is what a Set needs of the pod's guest. After a lost connection the methods return what
@@ -62,7 +63,10 @@ type Options struct {
 	// Fail, if set, is called at most once, when the guest did what no honest guest does. It must
 	// not block: it is meant to stop the pod, which ends in GuestGone.
 	Fail func(error)
-	Log  *slog.Logger
+	// Store keeps what the clients' ends of the standard streams need beyond this daemon's life. Nil
+	// keeps nothing.
+	Store *handover.Store
+	Log   *slog.Logger
 }
 
 // Bounds of what the guest is waited for.
@@ -733,9 +737,13 @@ func (s *Set) GuestGone(exit time.Time) {
 	}
 }
 
-// Close lets go of the guest and of all clients' streams without ending any process: the daemon
-// stops, or hands over. The records of a last call of Journal say where the streams are.
-func (s *Set) Close() {
+// Close is HandOver for a pod that is forgotten: it also gives up what Options.Store keeps of it.
+func (s *Set) Close() { s.HandOver() }
+
+// HandOver lets go of the guest and of all clients' streams without ending any process, as another
+// daemon is to go on. The records of a last call of Journal, and Options.Store, say where the streams
+// are.
+func (s *Set) HandOver() {
 	s.end(fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable))
 	s.mu.Lock()
 	var all []*process

@@ -17,15 +17,29 @@ import (
 type ClientStream interface {
 	// Accept tells the client that its connection is taken. It is called once, after the
 	// connection has its place, so that of two the one that was accepted later counts. Send and
-	// Receive may be called meanwhile and wait for it.
+	// Receive may be called meanwhile and wait for it. On a connection that was taken over from an
+	// earlier daemon the client has been told already.
 	Accept() error
+
+	// Delivered tells up to which offset of the stream an earlier daemon had delivered output on
+	// this connection. ok is false on a new one.
+	Delivered() (offset uint64, ok bool)
 	// Send delivers output and returns how much of it was; it blocks while the client's window is
-	// full. An error means that the connection is no use any more.
-	Send(ctx context.Context, p []byte) (int, error)
+	// full. offset is that of p's first byte in the stream. What was accepted is durable: the next
+	// daemon's Delivered says so. An error means that the connection is no use any more.
+	Send(ctx context.Context, p []byte, offset uint64) (int, error)
+
+	// Begin says that a new connection's input begins at an offset of the stream, durably, and
+	// returns where Receive goes on: there, or on a connection that was taken over, at the offset
+	// up to which an earlier daemon's input was Consumed. It is called once, before Receive.
+	Begin(offset uint64) uint64
 	// Receive returns the next input, valid until the next call. io.EOF is the client's end of
 	// the input; any other error means that the connection is no use any more, which is not the
 	// end. What arrived before the connection was lost is still returned, also after ServeStream.
 	Receive(ctx context.Context) ([]byte, error)
+	// Consumed says that the input up to an offset is out of the daemons' hands: no other needs to
+	// receive it again. It only grows and does not block.
+	Consumed(offset uint64)
 }
 
 // maxParked bounds the connections that wait for a process to name them.
@@ -151,7 +165,7 @@ func (t *streamTable) claimOutput(id string) (sink, error) {
 	if err != nil {
 		return nil, err
 	}
-	return streamSink{sl}, nil
+	return &streamSink{slot: sl}, nil
 }
 
 func (t *streamTable) claimInput(id string) (source, error) {
@@ -211,9 +225,12 @@ func (sl *slot) release() {
 	}
 }
 
-type streamSink struct{ *slot }
+type streamSink struct {
+	*slot
+	offset uint64 // of what Write takes next
+}
 
-func (k streamSink) Write(p []byte) (int, error) {
+func (k *streamSink) Write(p []byte) (int, error) {
 	sl := k.slot
 	for rest := p; len(rest) > 0; {
 		conn, err := sl.current(sl.life)
@@ -223,8 +240,9 @@ func (k streamSink) Write(p []byte) (int, error) {
 			}
 			break // abandoned
 		}
-		n, err := conn.Send(sl.life, rest)
+		n, err := conn.Send(sl.life, rest, k.offset)
 		rest = rest[n:]
+		k.offset += uint64(n)
 		if err != nil && sl.life.Err() == nil {
 			sl.drop(conn)
 		}
@@ -232,23 +250,23 @@ func (k streamSink) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (k streamSink) abandon() { k.cancel() }
+func (k *streamSink) abandon() { k.cancel() }
 
-func (k streamSink) detach() {
+func (k *streamSink) detach() {
 	k.table.mu.Lock()
 	k.detached = true
 	k.table.mu.Unlock()
 	k.cancel()
 }
 
-func (k streamSink) isDetached() bool {
+func (k *streamSink) isDetached() bool {
 	k.table.mu.Lock()
 	defer k.table.mu.Unlock()
 	return k.detached
 }
 
-func (k streamSink) finish() { k.slot.finish() }
-func (k streamSink) close()  { k.slot.release() }
+func (k *streamSink) finish() { k.slot.finish() }
+func (k *streamSink) close()  { k.slot.release() }
 
 type streamSource struct{ *slot }
 

@@ -127,8 +127,17 @@ func (c *connection) receive(take func(*anypb.Any) error) {
 	}
 }
 
+// Delivered implements container.ClientStream.
+func (c *connection) Delivered() (uint64, bool) { return 0, false }
+
+// Begin implements container.ClientStream.
+func (c *connection) Begin(offset uint64) uint64 { return offset }
+
+// Consumed implements container.ClientStream.
+func (c *connection) Consumed(uint64) {}
+
 // Send implements container.ClientStream.
-func (c *connection) Send(ctx context.Context, p []byte) (int, error) {
+func (c *connection) Send(ctx context.Context, p []byte, _ uint64) (int, error) {
 	if err := c.waitAccepted(ctx); err != nil {
 		return 0, err
 	}
