@@ -15,7 +15,9 @@ import (
 // Default is what "go tool mage" does without a target.
 var Default = Build
 
-var tree = build.Tree{Progress: os.Stdout}
+// ARCH is the architecture to build for, this machine's if it is not set; VERSION takes the place of
+// the one that git tells.
+var tree = build.Tree{Arch: os.Getenv("ARCH"), Version: os.Getenv("VERSION"), Progress: os.Stdout}
 
 // Build makes everything below out/: the programs, the guest kernel and the initrd.
 func Build(ctx context.Context) error { return tree.Everything(ctx) }

@@ -1,11 +1,12 @@
-// Package build makes what the appliance consists of: the two programs, the guest kernel and the
-// initrd, all below out/.
+// Package build makes what the appliance consists of: the host's programs, the guest's agent, kernel
+// and initrd, all below out/; for this machine's architecture, or for the other of the two.
 //
 // Every step is quick when nothing changed: Go's own build cache serves the programs, and the rest
 // is kept by the content of what it is made from (package cache).
 package build
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,23 +14,42 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"kuasar.io/kuasar/ci/host"
 	"kuasar.io/kuasar/guest/initrd"
 	"kuasar.io/kuasar/guest/kernel"
 )
 
-// What is built, relative to the module's root.
+// Out is the folder of everything that is built, relative to the module's root.
+const Out = "out"
+
+// What is built, as Tree.Path takes it.
 const (
-	Out       = "out"
-	Sandboxer = "out/bin/vmm-sandboxer"
-	Agent     = "out/bin/vmm-task"
-	Kernel    = "out/vmlinux.bin"
-	Initrd    = "out/kuasar.initrd"
+	Sandboxer = "bin/vmm-sandboxer"
+	Ctl       = "bin/kuasar-ctl"
+	Agent     = "bin/vmm-task"
+	Kernel    = "vmlinux.bin"
+	Initrd    = "kuasar.initrd"
 )
+
+// An architecture is one that the appliance is built for.
+type architecture struct {
+	name   string // as RPM and the kernel's uname have it
+	goarch string // as Go has it
+	gnu    string // the GNU name, with which Debian's cross tools and library folders begin
+}
+
+var architectures = []architecture{
+	{"x86_64", "amd64", "x86_64-linux-gnu"},
+	{"aarch64", "arm64", "aarch64-linux-gnu"},
+}
 
 // release is the version that is being worked on. A tag on the commit takes its place.
 const release = "0.1.0"
@@ -40,7 +60,7 @@ const versionPackage = "kuasar.io/kuasar/guest/protocol/version"
 // A program is a Go command of this module.
 type program struct {
 	path   string // of its package
-	output string
+	output string // as Tree.Path takes it
 	env    []string
 	flags  []string
 	link   string // -ldflags beside the stamp
@@ -50,6 +70,12 @@ var (
 	sandboxer = program{
 		path:   "./sandboxer/cmd/vmm-sandboxer",
 		output: Sandboxer,
+		env:    []string{"CGO_ENABLED=0"},
+		link:   "-s -w",
+	}
+	ctl = program{
+		path:   "./sandboxer/cmd/kuasar-ctl",
+		output: Ctl,
 		env:    []string{"CGO_ENABLED=0"},
 		link:   "-s -w",
 	}
@@ -69,6 +95,10 @@ var (
 type Tree struct {
 	// Root is its top folder; empty means the current one.
 	Root string
+	// Arch is the architecture to build for, x86_64 or aarch64; empty means this machine's.
+	Arch string
+	// Version takes the place of the one that git and this package tell; empty leaves it to them.
+	Version string
 	// Progress receives what long steps have to say; nil means nobody.
 	Progress io.Writer
 }
@@ -80,10 +110,41 @@ func (t Tree) progress() io.Writer {
 	return t.Progress
 }
 
+// Architecture is what the tree is built for: x86_64 or aarch64.
+func (t Tree) Architecture() string {
+	if t.Arch != "" {
+		return t.Arch
+	}
+	i := slices.IndexFunc(architectures, func(a architecture) bool { return a.goarch == runtime.GOARCH })
+	if i < 0 {
+		return runtime.GOARCH
+	}
+	return architectures[i].name
+}
+
+// target returns what the tree is built for, and whether that is another architecture than this
+// machine's.
+func (t Tree) target() (a architecture, cross bool, err error) {
+	i := slices.IndexFunc(architectures, func(a architecture) bool { return a.name == t.Architecture() })
+	if i < 0 {
+		return architecture{}, false, fmt.Errorf("cannot build for the architecture %q: it is neither x86_64 nor aarch64", t.Architecture())
+	}
+	return architectures[i], architectures[i].goarch != runtime.GOARCH, nil
+}
+
+// Path is where one of Sandboxer, Ctl, Agent, Kernel and Initrd is once it is built: below out/,
+// or below out/<arch>/ if it is for another architecture than this machine's.
+func (t Tree) Path(name string) string {
+	if a, cross, err := t.target(); err != nil || cross {
+		return filepath.Join(t.Root, Out, cmp.Or(a.name, t.Arch), name)
+	}
+	return filepath.Join(t.Root, Out, name)
+}
+
 // Everything builds the programs, the initrd and the kernel. What the machine lacks for it is
 // installed first.
 func (t Tree) Everything(ctx context.Context) error {
-	if err := host.Ensure(ctx, host.Agent, host.Kernel); err != nil {
+	if err := t.ensure(ctx, forAgent, forKernel); err != nil {
 		return err
 	}
 	// The programs first: they are where mistakes are, and the kernel takes minutes.
@@ -97,21 +158,25 @@ func (t Tree) Everything(ctx context.Context) error {
 	)
 }
 
-// Programs builds the daemon and the agent.
+// Programs builds the daemon, kuasar-ctl and the agent.
 func (t Tree) Programs(ctx context.Context) error {
-	if err := host.Ensure(ctx, host.Agent); err != nil {
+	if err := t.ensure(ctx, forAgent); err != nil {
 		return err
 	}
-	stamp := t.stamp(ctx)
+	stamp, err := t.stamp(ctx)
+	if err != nil {
+		return err
+	}
 	return together(
 		func() error { return t.compile(ctx, sandboxer, stamp) },
+		func() error { return t.compile(ctx, ctl, stamp) },
 		func() error { return t.compile(ctx, agent, stamp) },
 	)
 }
 
 // Kernel builds the guest kernel, from the source that KERNEL_SOURCE names or the distribution's.
 func (t Tree) Kernel(ctx context.Context) error {
-	if err := host.Ensure(ctx, host.Kernel); err != nil {
+	if err := t.ensure(ctx, forKernel); err != nil {
 		return err
 	}
 	return t.kernel(ctx)
@@ -119,10 +184,14 @@ func (t Tree) Kernel(ctx context.Context) error {
 
 // Initrd builds the agent and the initrd around it.
 func (t Tree) Initrd(ctx context.Context) error {
-	if err := host.Ensure(ctx, host.Agent); err != nil {
+	if err := t.ensure(ctx, forAgent); err != nil {
 		return err
 	}
-	if err := t.compile(ctx, agent, t.stamp(ctx)); err != nil {
+	stamp, err := t.stamp(ctx)
+	if err != nil {
+		return err
+	}
+	if err := t.compile(ctx, agent, stamp); err != nil {
 		return err
 	}
 	return t.assemble(ctx)
@@ -133,37 +202,87 @@ func (t Tree) Clean() error {
 	return os.RemoveAll(filepath.Join(t.Root, Out))
 }
 
+// What is needed to build for this machine, and what for the other architecture.
+var (
+	forAgent  = [2]host.Purpose{host.Agent, host.CrossAgent}
+	forKernel = [2]host.Purpose{host.Kernel, host.CrossKernel}
+)
+
+// ensure installs what the machine lacks for the purposes.
+func (t Tree) ensure(ctx context.Context, purposes ...[2]host.Purpose) error {
+	_, cross, err := t.target()
+	if err != nil {
+		return err
+	}
+	var needed []host.Purpose
+	for _, p := range purposes {
+		needed = append(needed, p[0])
+		if cross {
+			needed = append(needed, p[1])
+		}
+	}
+	return host.Ensure(ctx, needed...)
+}
+
 func (t Tree) kernel(ctx context.Context) error {
-	_, err := kernel.Build(ctx, kernel.Config{
+	a, _, err := t.target()
+	if err != nil {
+		return err
+	}
+	_, err = kernel.Build(ctx, kernel.Config{
 		Source:   os.Getenv("KERNEL_SOURCE"),
-		Output:   filepath.Join(t.Root, Kernel),
+		Arch:     a.goarch,
+		Output:   t.Path(Kernel),
 		Progress: t.progress(),
 	})
 	return err
 }
 
 func (t Tree) assemble(ctx context.Context) error {
-	console, err := initrd.Console(ctx, filepath.Join(t.Root, "guest/initrd/console"), "", t.progress())
+	a, _, err := t.target()
+	if err != nil {
+		return err
+	}
+	console, err := initrd.Console(ctx, filepath.Join(t.Root, "guest/initrd/console"), a.goarch, t.progress())
 	if err != nil {
 		return err
 	}
 	_, err = initrd.Build(ctx, initrd.Config{
-		Agent:   filepath.Join(t.Root, Agent),
+		Agent:   t.Path(Agent),
 		Console: console,
-		Output:  filepath.Join(t.Root, Initrd),
+		Output:  t.Path(Initrd),
 	})
 	return err
 }
 
 func (t Tree) compile(ctx context.Context, p program, stamp []string) error {
-	args := []string{"build", "-trimpath", "-buildvcs=false", "-o", p.output}
+	a, cross, err := t.target()
+	if err != nil {
+		return err
+	}
+	output, err := filepath.Abs(t.Path(p.output))
+	if err != nil {
+		return fmt.Errorf("cannot build %s: %w", filepath.Base(p.output), err)
+	}
+	env := p.env
+	if cross {
+		env = append(slices.Clone(env), "GOARCH="+a.goarch)
+		if slices.Contains(p.env, "CGO_ENABLED=1") {
+			variables, err := t.crossC(ctx, a)
+			if err != nil {
+				return fmt.Errorf("cannot build %s for %s: %w", filepath.Base(p.output), a.name, err)
+			}
+			env = append(env, variables...)
+		}
+	}
+	args := []string{"build", "-trimpath", "-buildvcs=false", "-o", output}
 	args = append(args, p.flags...)
 	args = append(args, "-ldflags", strings.Join(append([]string{p.link}, stamp...), " "), p.path)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = t.Root
-	cmd.Env = environment(p.env...)
+	cmd.Env = environment(env...)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("cannot build %s: %w\n%s", filepath.Base(p.output), err, strings.TrimSpace(string(out)))
+		return fmt.Errorf("cannot build %s for %s: %w\n%s", filepath.Base(p.output), a.name, err, strings.TrimSpace(string(out)))
 	}
 	return nil
 }
@@ -178,15 +297,22 @@ func environment(extra ...string) []string {
 }
 
 // stamp returns the -X flags that put version and commit into a program.
-func (t Tree) stamp(ctx context.Context) []string {
-	version, commit := t.version(ctx)
-	return []string{"-X", versionPackage + ".Version=" + version, "-X", versionPackage + ".Commit=" + commit}
+func (t Tree) stamp(ctx context.Context) ([]string, error) {
+	version, commit, _ := t.Stamp(ctx)
+	if !versionRE.MatchString(version) {
+		return nil, fmt.Errorf("cannot build the version %q: a version begins with a digit and has letters, digits, dots, +, ~ and - only", version)
+	}
+	return []string{"-X", versionPackage + ".Version=" + version, "-X", versionPackage + ".Commit=" + commit}, nil
 }
 
-// version says what is built: the tag of the commit, or the release that is being worked on, and
-// the commit, which ends in -dirty if the tree differs from it. Outside of a repository, as in an
-// unpacked source archive, there is no commit.
-func (t Tree) version(ctx context.Context) (version, commit string) {
+// versionRE is what gets through the linker's command line, and makes sense to a package manager.
+var versionRE = regexp.MustCompile(`^[0-9][0-9A-Za-z.+~-]*$`)
+
+// Stamp says what is built: Tree.Version, or the tag of the commit, or the release that is being
+// worked on; the commit, which ends in -dirty if the tree differs from it; and when that was
+// committed, or the time that SOURCE_DATE_EPOCH in the environment has. Outside of a repository, as
+// in an unpacked source archive, there is no commit, and the time is zero without that variable.
+func (t Tree) Stamp(ctx context.Context) (version, commit string, committed time.Time) {
 	git := func(args ...string) string {
 		cmd := exec.CommandContext(ctx, "git", args...)
 		cmd.Dir = t.Root
@@ -197,10 +323,17 @@ func (t Tree) version(ctx context.Context) (version, commit string) {
 		return strings.TrimSpace(string(out))
 	}
 	commit = git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
-	if tag := git("describe", "--exact-match", "--match=v[0-9]*"); tag != "" {
-		return strings.TrimPrefix(tag, "v"), commit
+	for _, seconds := range []string{os.Getenv("SOURCE_DATE_EPOCH"), git("log", "-1", "--format=%ct")} {
+		if n, err := strconv.ParseInt(seconds, 10, 64); err == nil {
+			committed = time.Unix(n, 0).UTC()
+			break
+		}
 	}
-	return release + "-dev", commit
+	version = t.Version
+	if version == "" {
+		version = git("describe", "--exact-match", "--match=v[0-9]*")
+	}
+	return cmp.Or(strings.TrimPrefix(version, "v"), release+"-dev"), commit, committed
 }
 
 // together runs steps at the same time and returns all of their errors.

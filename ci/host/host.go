@@ -29,7 +29,40 @@ const (
 	Image Purpose = "make a container image"
 	// Race is running the unit tests with the race detector.
 	Race Purpose = "run the tests"
+
+	// CrossKernel is what Kernel needs more to build for the other architecture: on x86_64 for
+	// aarch64, on aarch64 for x86_64.
+	CrossKernel Purpose = "build the guest kernel for the other architecture"
+	// CrossAgent is what Agent needs more to build for the other architecture. Package build fetches
+	// the one C library that is missing then.
+	CrossAgent Purpose = "build the guest's agent for the other architecture"
+	// Emulate is running virtual machines of the other architecture.
+	Emulate Purpose = "run virtual machines of the other architecture"
 )
+
+// An architecture is one of the two that the appliance is built for.
+type architecture struct {
+	gnu     string // the name with which its cross tools begin
+	qemu    string
+	qemuDeb string // Debian's package of it
+	gccDeb  string // Debian's package of its cross compiler
+	libcDeb string // Debian's package of its C library, for the cross compiler
+}
+
+var (
+	x86_64  = architecture{"x86_64-linux-gnu", "qemu-system-x86_64", "qemu-system-x86", "gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"}
+	aarch64 = architecture{"aarch64-linux-gnu", "qemu-system-aarch64", "qemu-system-arm", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"}
+)
+
+// own is this machine's architecture, other the one that it can build for besides.
+var own, other = architectures()
+
+func architectures() (own, other architecture) {
+	if runtime.GOARCH == "arm64" {
+		return aarch64, x86_64
+	}
+	return x86_64, aarch64
+}
 
 // A requirement is there if one of its files is.
 type requirement struct {
@@ -40,6 +73,8 @@ type requirement struct {
 	// deb and rpm are the packages that bring it: of several, the first that the machine's
 	// repositories have. dnf also takes the path of a file.
 	deb, rpm []string
+	// elsewhere is said where no package brings it, for want of a name in deb or rpm.
+	elsewhere string
 	// optional things are asked for, and done without where the repositories lack them.
 	optional string // what happens without
 }
@@ -68,7 +103,7 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"pkg-config"}, why: "tells the compiler where libseccomp is", deb: []string{"pkg-config", "pkgconf"}, rpm: []string{"pkgconf-pkg-config", "pkgconfig"}},
 	},
 	Run: {
-		{files: []string{qemu()}, why: "runs the virtual machines", deb: qemuDeb(), rpm: []string{"/usr/bin/" + qemu(), "qemu"}},
+		{files: []string{own.qemu}, why: "runs the virtual machines", deb: []string{own.qemuDeb}, rpm: []string{"/usr/bin/" + own.qemu, "qemu"}},
 		{files: []string{"virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"}, why: "shares a container's files with its guest", deb: []string{"virtiofsd"}, rpm: []string{"virtiofsd", "/usr/libexec/virtiofsd"}, optional: "files are shared by 9p instead"},
 		{files: []string{"ip"}, why: "shows and cleans the pods' networks", deb: []string{"iproute2"}, rpm: []string{"iproute"}},
 		{files: []string{"iptables"}, why: "the CNI bridge plugin masquerades with it", deb: []string{"iptables"}, rpm: []string{"iptables"}},
@@ -81,21 +116,21 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"gcc"}, why: "the race detector is linked by the C compiler", deb: []string{"gcc"}, rpm: []string{"gcc"}},
 		{files: []string{"/usr/include/stdio.h"}, why: "the race detector is linked by the C compiler", deb: []string{"libc6-dev"}, rpm: []string{"glibc-devel"}},
 	},
+	CrossKernel: {
+		{files: []string{other.gnu + "-gcc"}, why: "compiles the kernel", deb: []string{other.gccDeb}, rpm: []string{"gcc-" + other.gnu}},
+	},
+	CrossAgent: {
+		{files: []string{other.gnu + "-gcc"}, why: "libcontainer's first steps in a container are C", deb: []string{other.gccDeb}, elsewhere: thereItself},
+		{files: []string{"/usr/" + other.gnu + "/lib/libc.a"}, why: "the agent is linked statically", deb: []string{other.libcDeb}, elsewhere: thereItself},
+	},
+	Emulate: {
+		{files: []string{other.qemu}, why: "emulates the other architecture", deb: []string{other.qemuDeb}, rpm: []string{"/usr/bin/" + other.qemu}},
+	},
 }
 
-func qemu() string {
-	if runtime.GOARCH == "arm64" {
-		return "qemu-system-aarch64"
-	}
-	return "qemu-system-x86_64"
-}
-
-func qemuDeb() []string {
-	if runtime.GOARCH == "arm64" {
-		return []string{"qemu-system-arm"}
-	}
-	return []string{"qemu-system-x86"}
-}
+// thereItself is what is left on distributions with dnf: their cross compilers come without a C
+// library.
+const thereItself = "build it on a machine of that architecture"
 
 // Ensure installs what this machine lacks for the given purposes. With nothing missing it neither
 // prints nor runs anything. Without root it fails with the command that root must run.
@@ -236,6 +271,11 @@ func (m machine) ensureRequired(ctx context.Context, purposes []Purpose) error {
 	p, ok := m.packageManager()
 	if !ok {
 		return fmt.Errorf("cannot install what is missing: this machine has neither apt-get nor dnf; missing:\n  %s", strings.Join(describe(needs), "\n  "))
+	}
+	for _, n := range needs {
+		if len(p.names(n.requirement)) == 0 {
+			return fmt.Errorf("cannot %s: no package that %s could install has %s, which %s; %s", n.purpose, p.name, n.files[0], n.why, n.elsewhere)
+		}
 	}
 	if !m.root {
 		var packages []string

@@ -68,7 +68,7 @@ func TestEnsureInstallsOnlyWhatIsMissing(t *testing.T) {
 	if !f.fresh {
 		t.Error("the list of packages was not read although it was empty")
 	}
-	want := "apt-get install -y --no-install-recommends " + qemuDeb()[0]
+	want := "apt-get install -y --no-install-recommends " + own.qemuDeb
 	if got := f.commands[len(f.commands)-1]; got != want {
 		t.Errorf("ran %q, want %q", got, want)
 	}
@@ -88,7 +88,7 @@ func TestEnsureInstallsOnlyWhatIsMissing(t *testing.T) {
 func TestOptionalThings(t *testing.T) {
 	f := debian()
 	f.fresh = true
-	f.packages[qemuDeb()[0]] = []string{qemu()}
+	f.packages[own.qemuDeb] = []string{own.qemu}
 	if err := f.machine(true).ensure(t.Context(), []Purpose{Run}); err != nil {
 		t.Fatalf("without virtiofsd in the repositories: %v", err)
 	}
@@ -123,7 +123,7 @@ func TestEnsureRetriesWithAFreshList(t *testing.T) {
 func TestEnsureNeedsRoot(t *testing.T) {
 	f := debian()
 	err := f.machine(false).ensure(t.Context(), []Purpose{Run})
-	if err == nil || !strings.Contains(err.Error(), "sudo apt-get install -y --no-install-recommends "+qemuDeb()[0]) {
+	if err == nil || !strings.Contains(err.Error(), "sudo apt-get install -y --no-install-recommends "+own.qemuDeb) {
 		t.Fatalf("got %v, want an error with the command", err)
 	}
 	if len(f.commands) != 0 {
@@ -135,14 +135,14 @@ func TestEnsureNamesWhatTheRepositoriesLack(t *testing.T) {
 	f := debian()
 	f.packages = map[string][]string{}
 	err := f.machine(true).ensure(t.Context(), []Purpose{Run})
-	if err == nil || !strings.Contains(err.Error(), qemuDeb()[0]) {
+	if err == nil || !strings.Contains(err.Error(), own.qemuDeb) {
 		t.Fatalf("got %v, want an error that names the package", err)
 	}
 }
 
 func TestEnsureNoticesAPackageWithoutTheFile(t *testing.T) {
 	f := debian()
-	f.packages[qemuDeb()[0]] = nil
+	f.packages[own.qemuDeb] = nil
 	err := f.machine(true).ensure(t.Context(), []Purpose{Run})
 	if err == nil || !strings.Contains(err.Error(), "still missing") {
 		t.Fatalf("got %v, want an error", err)
@@ -153,11 +153,11 @@ func TestEnsureTakesPathsOnDnf(t *testing.T) {
 	f := debian()
 	f.fresh = true
 	f.files = map[string]bool{"dnf": true, "ip": true, "iptables": true, "modprobe": true, "virtiofsd": true}
-	f.packages = map[string][]string{"/usr/bin/" + qemu(): {qemu()}}
+	f.packages = map[string][]string{"/usr/bin/" + own.qemu: {own.qemu}}
 	if err := f.machine(true).ensure(t.Context(), []Purpose{Run}); err != nil {
 		t.Fatal(err)
 	}
-	if got := f.commands[len(f.commands)-1]; !strings.HasPrefix(got, "dnf install -y ") || !strings.HasSuffix(got, " /usr/bin/"+qemu()) {
+	if got := f.commands[len(f.commands)-1]; !strings.HasPrefix(got, "dnf install -y ") || !strings.HasSuffix(got, " /usr/bin/"+own.qemu) {
 		t.Errorf("ran %q", got)
 	}
 }
@@ -180,9 +180,22 @@ func TestKernelSourceOfTheUser(t *testing.T) {
 func TestEveryRequirementHasPackages(t *testing.T) {
 	for purpose, list := range requirements {
 		for _, r := range list {
-			if len(r.files) == 0 || len(r.deb) == 0 || len(r.rpm) == 0 || r.why == "" {
+			if len(r.files) == 0 || r.why == "" || (len(r.deb) == 0 || len(r.rpm) == 0) && r.elsewhere == "" {
 				t.Errorf("to %s: %+v is not complete", purpose, r)
 			}
 		}
+	}
+}
+
+func TestNoPackageBringsIt(t *testing.T) {
+	f := &fake{files: map[string]bool{"dnf": true}, fresh: true}
+	for _, root := range []bool{true, false} {
+		err := f.machine(root).ensure(t.Context(), []Purpose{CrossAgent})
+		if err == nil || !strings.Contains(err.Error(), "on a machine of that architecture") {
+			t.Errorf("got %v, want an error that says what to do", err)
+		}
+	}
+	if len(f.commands) != 0 {
+		t.Errorf("ran %q", f.commands)
 	}
 }
