@@ -92,7 +92,9 @@ type Hello struct {
 	// kernel_release is uname -r of the guest.
 	KernelRelease string `protobuf:"bytes,4,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
 	// uptime_nanos is the guest's CLOCK_BOOTTIME when the hello was sent.
-	UptimeNanos   int64 `protobuf:"varint,5,opt,name=uptime_nanos,json=uptimeNanos,proto3" json:"uptime_nanos,omitempty"`
+	UptimeNanos int64 `protobuf:"varint,5,opt,name=uptime_nanos,json=uptimeNanos,proto3" json:"uptime_nanos,omitempty"`
+	// oldest_host is protocol.OldestHost of the agent's build; 0 means protocol_version.
+	OldestHost    uint32 `protobuf:"varint,6,opt,name=oldest_host,json=oldestHost,proto3" json:"oldest_host,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -162,9 +164,18 @@ func (x *Hello) GetUptimeNanos() int64 {
 	return 0
 }
 
+func (x *Hello) GetOldestHost() uint32 {
+	if x != nil {
+		return x.OldestHost
+	}
+	return 0
+}
+
 type HelloReply struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	ProtocolVersion uint32                 `protobuf:"varint,1,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// protocol_version is protocol.Version of the host's build, which may have changed since an earlier
+	// hello of the same agent.
+	ProtocolVersion uint32 `protobuf:"varint,1,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1279,13 +1290,15 @@ var File_guest_protocol_guest_proto protoreflect.FileDescriptor
 
 const file_guest_protocol_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1aguest/protocol/guest.proto\x12\x0fkuasar.guest.v1\"\xbd\x01\n" +
+	"\x1aguest/protocol/guest.proto\x12\x0fkuasar.guest.v1\"\xde\x01\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12#\n" +
 	"\ragent_version\x18\x02 \x01(\tR\fagentVersion\x12\x1a\n" +
 	"\bfeatures\x18\x03 \x03(\tR\bfeatures\x12%\n" +
 	"\x0ekernel_release\x18\x04 \x01(\tR\rkernelRelease\x12!\n" +
-	"\fuptime_nanos\x18\x05 \x01(\x03R\vuptimeNanos\"7\n" +
+	"\fuptime_nanos\x18\x05 \x01(\x03R\vuptimeNanos\x12\x1f\n" +
+	"\voldest_host\x18\x06 \x01(\rR\n" +
+	"oldestHost\"7\n" +
 	"\n" +
 	"HelloReply\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\"\x9d\x03\n" +

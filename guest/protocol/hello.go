@@ -11,6 +11,24 @@ import (
 // maxHello bounds a Hello or HelloReply on the wire, in bytes.
 const maxHello = 4096
 
+// Check says why a host of this build cannot manage the agent that said hello, or returns nil.
+func (x *Hello) Check() error { return check(x, Version, OldestAgent) }
+
+func check(h *Hello, host, oldestAgent uint32) error {
+	agent := h.GetProtocolVersion()
+	oldestHost := h.GetOldestHost()
+	if oldestHost == 0 {
+		oldestHost = agent
+	}
+	switch {
+	case agent < oldestAgent:
+		return fmt.Errorf("the agent speaks version %d of the protocol, and this daemon manages agents from version %d on", agent, oldestAgent)
+	case host < oldestHost:
+		return fmt.Errorf("the agent speaks version %d of the protocol with daemons from version %d on, and this one is of version %d", agent, oldestHost, host)
+	}
+	return nil
+}
+
 // WriteMessage sends m as one frame: its length in bytes as a big-endian uint32, then m in
 // protobuf's wire format. It is used for Hello and HelloReply only.
 func WriteMessage(w io.Writer, m proto.Message) error {

@@ -4,9 +4,32 @@
 // It is the only package that both sandboxer/ and guest/ import.
 package protocol
 
-// Version is the protocol version of this build. It is raised when a message changes its meaning;
-// additions are announced by Hello.Features instead.
+// Version is the protocol version of this build, of its host's side and of its agent.
+//
+// The two sides of a running pod need not be of one build: a pod outlives upgrades and downgrades of
+// the daemon, and its agent stays the one that it was booted with. So the rule is:
+//
+//   - Without raising Version a message may get a field whose absence means what was so before it
+//     existed, an enumeration a value that only an answer to something new carries, a service a
+//     method, the agent a kernel parameter (agents skip those that they do not know). What the other
+//     side must know of before it is used, such as a method, gets a name in Hello.Features; names are
+//     never used again for something else. Fields and numbers are never used again either.
+//   - Version is raised when a message, a port, a path in the guest, or the framing of the hello, of
+//     the standard streams or of the multiplex comes to mean something else, and when something is
+//     taken away. The host's side then keeps the way in which it spoke with agents of the version
+//     before, and OldestAgent stays, for one release at least: an upgrade is to find the pods alive.
+//   - OldestHost of the agent follows Version unless the agent, told by HelloReply that its host is
+//     older, goes on in the old way: only then does a downgrade find the pods manageable too.
+//
+// The hello and its answer themselves may only be added to.
 const Version = 1
+
+const (
+	// OldestAgent is the oldest version of agents that the host's side of this build manages.
+	OldestAgent = 1
+	// OldestHost is the oldest version of hosts that the agent of this build works for.
+	OldestHost = 1
+)
 
 // Ports of the guest link. They are vsock port numbers and, on the serial multiplex, the numbers
 // that open a stream.

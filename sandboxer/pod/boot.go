@@ -106,6 +106,7 @@ type boot struct {
 	config  cri.PodSandboxConfig
 	network Network
 	fsSock  string
+	hello   *protocol.Hello
 	release func() // gives the boot slot back
 }
 
@@ -454,10 +455,11 @@ func (b *boot) awaitHello(ctx context.Context) error {
 		if a.err != nil {
 			return b.endedOr(fmt.Errorf("the agent did not call: %w", a.err))
 		}
-		if v := a.hello.GetProtocolVersion(); v != protocol.Version {
-			return fmt.Errorf("the agent (%s) speaks version %d of the protocol and this daemon version %d: "+
-				"build the initrd and the daemon from the same source", clip(plain(a.hello.GetAgentVersion()), 64), v, protocol.Version)
+		if err := a.hello.Check(); err != nil {
+			return fmt.Errorf("%w: install the initrd (its agent is %s) and the daemon from one package, and restart the daemon",
+				err, clip(plain(a.hello.GetAgentVersion()), 64))
 		}
+		b.hello = a.hello
 		b.log.Debug("the agent called", "agent", clip(plain(a.hello.GetAgentVersion()), 64),
 			"kernel", clip(plain(a.hello.GetKernelRelease()), 64), "uptime", time.Duration(a.hello.GetUptimeNanos()))
 		return nil
@@ -472,7 +474,7 @@ func (b *boot) awaitHello(ctx context.Context) error {
 }
 
 func (b *boot) setUpGuest(ctx context.Context) error {
-	guest, err := connectGuest(ctx, b.link, b.guestLost)
+	guest, err := connectGuest(ctx, b.link, b.hello, b.guestLost)
 	if err != nil {
 		return b.endedOr(err)
 	}

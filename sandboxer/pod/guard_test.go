@@ -42,7 +42,7 @@ func TestHostileFrames(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			near, far := net.Pipe()
 			lost := make(chan error, 1)
-			g, err := connectGuest(t.Context(), rawLink{near}, func(err error) { lost <- err })
+			g, err := connectGuest(t.Context(), rawLink{near}, nil, func(err error) { lost <- err })
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync/atomic"
 
 	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
@@ -22,15 +23,16 @@ type Guest struct {
 	task    taskv3.TTRPCTaskService
 	sandbox protocol.SandboxClient
 	closing atomic.Bool
+	hello   *protocol.Hello
 }
 
-// connectGuest opens the connection for calls. lost is called once if it ends without Close.
-func connectGuest(ctx context.Context, link guestlink.Link, lost func(error)) (*Guest, error) {
+// connectGuest opens the connection for calls to the agent that said hello. lost is called once if it ends without Close.
+func connectGuest(ctx context.Context, link guestlink.Link, hello *protocol.Hello, lost func(error)) (*Guest, error) {
 	conn, err := link.Dial(ctx, protocol.PortTask)
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to the agent's task port: %w", err)
 	}
-	g := &Guest{link: link}
+	g := &Guest{link: link, hello: hello}
 	guarded := &guard{Conn: conn}
 	g.client = ttrpc.NewClient(guarded, ttrpc.WithOnClose(func() {
 		if err := guarded.broken(); err != nil {
@@ -46,6 +48,10 @@ func connectGuest(ctx context.Context, link guestlink.Link, lost func(error)) (*
 
 // Task is the agent's task API, version 3.
 func (g *Guest) Task() taskv3.TTRPCTaskService { return g.task }
+
+// Has tells whether the agent announced a feature beyond its version of the protocol. Agents of pods
+// that were booted by an older daemon lack those that are new.
+func (g *Guest) Has(feature string) bool { return slices.Contains(g.hello.GetFeatures(), feature) }
 
 // Sandbox is the agent's private service. Its Events belong to the pod.
 func (g *Guest) Sandbox() protocol.SandboxService { return sandboxService{g.sandbox} }

@@ -11,7 +11,6 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/vm"
 )
 
@@ -202,10 +201,10 @@ func (p *Pod) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the agent does not call again: %w", err)
 	}
-	if v := hello.GetProtocolVersion(); v != protocol.Version {
-		return fmt.Errorf("the agent speaks version %d of the protocol and this daemon version %d", v, protocol.Version)
+	if err := hello.Check(); err != nil {
+		return err
 	}
-	guest, err := connectGuest(ctx, link, p.guestLost)
+	guest, err := connectGuest(ctx, link, hello, p.guestLost)
 	if err != nil {
 		return err
 	}

@@ -172,7 +172,7 @@ func start(name string, part func() error) {
 }
 
 func hello() *protocol.Hello {
-	h := &protocol.Hello{ProtocolVersion: protocol.Version, AgentVersion: version.String()}
+	h := &protocol.Hello{ProtocolVersion: protocol.Version, OldestHost: protocol.OldestHost, AgentVersion: version.String()}
 	var names unix.Utsname
 	if err := unix.Uname(&names); err == nil {
 		h.KernelRelease = unix.ByteSliceToString(names.Release[:])
