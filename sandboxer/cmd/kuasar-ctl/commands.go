@@ -45,6 +45,13 @@ func (c *call) print(v any) error {
 	return e.Encode(v)
 }
 
+// line writes v as JSON on one line, for output that does not end.
+func (c *call) line(v any) error {
+	e := json.NewEncoder(c.out)
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
 // table writes rows in columns; the first is the heading.
 func table(w io.Writer, rows [][]string) error {
 	t := tabwriter.NewWriter(w, 0, 8, 3, ' ', 0)
@@ -168,6 +175,10 @@ func upper(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 // commands is the table of all commands.
 func commands() []command {
 	return []command{
+		{name: "list", short: "list the pods of the node", prepare: list},
+		{name: "inspect", args: "pod", min: 1, max: 1, operand: "pod", short: "tell everything that is known of a pod", prepare: inspect},
+		{name: "console", args: "pod", min: 1, max: 1, operand: "pod", short: "open a shell in a pod's virtual machine", prepare: console},
+		{name: "logs", args: "pod", min: 1, max: 1, operand: "pod", short: "print the console log of a pod's virtual machine", prepare: logs},
 		{name: "version", short: "print the version", prepare: printVersion},
 	}
 }
