@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	osexec "os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -65,6 +66,10 @@ func run(m *testing.M) (code int, err error) {
 		Initrd:    filepath.Join(out, "kuasar.initrd"),
 		Progress:  os.Stderr,
 	}
+	if config.Supervisor, err = supervisor(root); err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(filepath.Dir(config.Supervisor))
 	if err := census.Adopt(); err != nil {
 		return 1, err
 	}
@@ -75,7 +80,7 @@ func run(m *testing.M) (code int, err error) {
 		removeCgroups(cgroupParent)
 		err = errors.Join(err, bed.Close())
 	}()
-	if sandboxer, err = bed.StartSandboxer(ctx, node.Plugin, nil); err != nil {
+	if sandboxer, err = bed.StartSupervised(ctx, node.Plugin, nil); err != nil {
 		return 1, err
 	}
 	if err := warm(ctx); err != nil {
@@ -94,6 +99,22 @@ func run(m *testing.M) (code int, err error) {
 	case <-interrupted:
 		return 1, errors.New("interrupted")
 	}
+}
+
+// supervisor builds the service manager of the tests in a directory of its own.
+func supervisor(root string) (string, error) {
+	dir, err := os.MkdirTemp("", "supervisor")
+	if err != nil {
+		return "", err
+	}
+	program := filepath.Join(dir, "supervisor")
+	build := osexec.Command("go", "build", "-o", program, "./ci/supervisor")
+	build.Dir = root
+	if output, err := build.CombinedOutput(); err != nil {
+		os.RemoveAll(dir)
+		return "", fmt.Errorf("cannot build the supervisor: %w\n%s", err, output)
+	}
+	return program, nil
 }
 
 // warm runs a first pod: containerd and the CNI plugins make some directories with it that stay.
@@ -137,7 +158,7 @@ func begin(t *testing.T) context.Context {
 		Mounts:        bed.Dir,
 		Bridge:        bed.Bridge,
 		CgroupParents: []string{cgroupParent},
-		Daemons:       map[string]int{"vmm-sandboxer": sandboxer.PID()},
+		Daemons:       map[string]int{"vmm-sandboxer": sandboxer.PID(), "supervisor": sandboxer.Supervisor()},
 		Metrics:       sandboxer.Metrics(),
 	}
 	before, err := census.Take(scope)

@@ -62,8 +62,81 @@ func TestRestartOfContainerd(t *testing.T) {
 	})
 }
 
-// A daemon that is killed leaves its pods running, and the one that follows takes them over.
-// containerd takes the loss of its connection for the end of the containers that run, so nothing is
+// The connections of containerd outlive a daemon whose descriptors the service manager keeps: the
+// containers go on for containerd too, nothing of their output is lost or doubled, and what ends while
+// no daemon is there is learned of afterwards.
+func TestRestartOfTheSupervisedDaemon(t *testing.T) {
+	for _, handler := range []string{node.Handler, node.HandlerStreaming} {
+		for _, way := range []struct {
+			name string
+			end  func()
+		}{{"SIGTERM", sandboxer.Restart}, {"SIGKILL", sandboxer.Kill}} {
+			t.Run(handler+"/"+way.name, func(t *testing.T) {
+				ctx := begin(t)
+				p := runPod(ctx, t, podConfig(t), handler)
+				counter := container("n=0; until [ -e /end ]; do echo $n; n=$((n+1)); [ $((n % 50)) -ne 0 ] || sleep 0.05; done; echo $n; exit 11")
+				counting := p.start(ctx, t, counter)
+				ending := p.start(ctx, t, container("until [ -e /end ]; do sleep 0.05; done; sleep 0.5; exit 23"))
+				vmm, _, err := sandboxer.VMM(p.id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				lines := func() int { return strings.Count(p.log(t, counter, "stdout"), "\n") }
+				const restarts = 3
+				for i := range restarts {
+					before := lines()
+					eventually(ctx, t, "the container writes", func() bool { return lines() > before+100 })
+					if i == restarts-1 {
+						exec(ctx, t, ending, "touch", "/end") // it exits in a moment
+					}
+					pid := sandboxer.PID()
+					way.end()
+					if err := sandboxer.AwaitSuccessor(ctx, pid); err != nil {
+						t.Fatal(err)
+					}
+					if got := exec(ctx, t, counting, "echo", "hello"); got != "hello\n" {
+						t.Errorf("after the restart a process in the container says %q", got)
+					}
+					if now, _, err := sandboxer.VMM(p.id); err != nil || now != vmm {
+						t.Fatalf("the virtual machine was process %d and is %d, %v", vmm, now, err)
+					}
+					status, err := bed.CRI.Status(ctx, counting)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if status.State != runtimeapi.ContainerState_CONTAINER_RUNNING {
+						t.Fatalf("after the restart the container is %s", status.State)
+					}
+				}
+				status, err := bed.CRI.WaitExited(ctx, ending)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if status.ExitCode != 23 {
+					t.Errorf("the exit code of what ended meanwhile is %d, not 23", status.ExitCode)
+				}
+				exec(ctx, t, counting, "touch", "/end")
+				if status, err = bed.CRI.WaitExited(ctx, counting); err != nil {
+					t.Fatal(err)
+				}
+				if status.ExitCode != 11 {
+					t.Errorf("the exit code is %d, not 11", status.ExitCode)
+				}
+				last := -1
+				for line := range strings.Lines(p.log(t, counter, "stdout")) {
+					if strings.TrimSpace(line) != strconv.Itoa(last+1) {
+						t.Fatalf("the log has %q after %d", line, last)
+					}
+					last++
+				}
+				t.Logf("%d lines, each once", last+1)
+			})
+		}
+	}
+}
+
+// A daemon that is killed leaves its pods running, and the one that follows takes them over. Here
+// nothing keeps its descriptors: containerd takes the loss of its connection for the end of the containers that run, so nothing is
 // asked of those but that they leave nothing behind.
 func TestRestartOfTheDaemon(t *testing.T) {
 	ctx := begin(t)

@@ -46,6 +46,8 @@ type Config struct {
 	Root string
 	// Sandboxer, Kernel and Initrd are what was built from it.
 	Sandboxer, Kernel, Initrd string
+	// Supervisor is the program ci/supervisor; empty if no sandboxer is to be supervised.
+	Supervisor string
 	// Progress is told what takes long.
 	Progress io.Writer `json:"-"`
 }

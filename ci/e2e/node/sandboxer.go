@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -22,20 +23,33 @@ type Sandboxer struct {
 	// Dir is its state directory, Socket where it listens, Config its configuration file, Log what
 	// it wrote.
 	Dir, Socket, Config, Log string
-	process                  *process
+	process                  *process // the daemon, or its supervisor
+	supervised               bool
 	node                     *Node
 	name                     string
 }
 
 // StartSandboxer starts a vmm-sandboxer behind the proxy plugin of that name, one of Plugins, and
-// returns once it accepts connections. settings may be nil. The node's Close stops it.
+// returns once it accepts connections. settings may be nil. The node's Close stops it. Nothing keeps
+// its descriptors when it ends.
 func (n *Node) StartSandboxer(ctx context.Context, plugin string, settings Settings) (*Sandboxer, error) {
+	return n.startSandboxer(ctx, plugin, settings, false)
+}
+
+// StartSupervised is StartSandboxer below Config.Supervisor, which keeps the daemon's descriptors and
+// starts it again whenever it ends.
+func (n *Node) StartSupervised(ctx context.Context, plugin string, settings Settings) (*Sandboxer, error) {
+	return n.startSandboxer(ctx, plugin, settings, true)
+}
+
+func (n *Node) startSandboxer(ctx context.Context, plugin string, settings Settings, supervised bool) (*Sandboxer, error) {
 	s := &Sandboxer{
-		Dir:    filepath.Join(n.Dir, plugin),
-		Socket: n.socket(plugin),
-		Config: filepath.Join(n.Dir, plugin+".toml"),
-		node:   n,
-		name:   plugin,
+		supervised: supervised,
+		Dir:        filepath.Join(n.Dir, plugin),
+		Socket:     n.socket(plugin),
+		Config:     filepath.Join(n.Dir, plugin+".toml"),
+		node:       n,
+		name:       plugin,
 	}
 	shipped, err := os.ReadFile(filepath.Join(n.config.Root, "defaults", "config_qemu.toml"))
 	if err != nil {
@@ -71,13 +85,22 @@ func (n *Node) StartSandboxer(ctx context.Context, plugin string, settings Setti
 
 // Start starts the sandboxer again after Stop or Kill, with the same files.
 func (s *Sandboxer) Start(ctx context.Context) error {
-	p, err := start(s.node.Dir, s.name, nil, s.node.config.Sandboxer,
-		"--config", s.Config, "--dir", s.Dir, "--listen", s.Socket)
+	command := []string{s.node.config.Sandboxer, "--config", s.Config, "--dir", s.Dir, "--listen", s.Socket}
+	if s.supervised {
+		command = append([]string{s.node.config.Supervisor, s.pidFile()}, command...)
+	}
+	p, err := start(s.node.Dir, s.name, nil, command[0], command[1:]...)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
+	if s.supervised {
+		if err := p.waitFor(ctx, "the daemon is ready", func() bool { return s.PID() != 0 }); err != nil {
+			p.kill()
+			return err
+		}
+	}
 	err = p.waitFor(ctx, s.Socket+" accepts", func() bool {
 		conn, err := net.Dial("unix", s.Socket)
 		if err == nil {
@@ -93,14 +116,48 @@ func (s *Sandboxer) Start(ctx context.Context) error {
 	return nil
 }
 
+func (s *Sandboxer) pidFile() string { return filepath.Join(s.node.Dir, s.name+".pid") }
+
 // Stop ends the sandboxer with SIGTERM. Its pods live on.
 func (s *Sandboxer) Stop() error { return s.process.stop() }
 
-// Kill ends the sandboxer with SIGKILL. Its pods live on.
-func (s *Sandboxer) Kill() { s.process.kill() }
+// Kill ends the sandboxer with SIGKILL. Its pods live on. One that is supervised is started again.
+func (s *Sandboxer) Kill() {
+	if !s.supervised {
+		s.process.kill()
+		return
+	}
+	if pid := s.PID(); pid != 0 {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+}
 
-// PID of the daemon.
-func (s *Sandboxer) PID() int { return s.process.pid }
+// Restart ends a supervised sandboxer with SIGTERM, and the next one begins.
+func (s *Sandboxer) Restart() { s.process.signal(syscall.SIGHUP) }
+
+// AwaitSuccessor waits until a supervised daemon that is not process old is ready.
+func (s *Sandboxer) AwaitSuccessor(ctx context.Context, old int) error {
+	return s.process.waitFor(ctx, fmt.Sprintf("a daemon is ready after process %d", old), func() bool {
+		pid := s.PID()
+		return pid != 0 && pid != old
+	})
+}
+
+// PID of the daemon; of one that is supervised 0 while it is not ready.
+func (s *Sandboxer) PID() int {
+	if !s.supervised {
+		return s.process.pid
+	}
+	text, err := os.ReadFile(s.pidFile())
+	if err != nil {
+		return 0
+	}
+	pid, _ := strconv.Atoi(string(text))
+	return pid
+}
+
+// Supervisor is the process that keeps a supervised sandboxer's descriptors.
+func (s *Sandboxer) Supervisor() int { return s.process.pid }
 
 // Metrics is the socket on which the daemon tells its counters.
 func (s *Sandboxer) Metrics() string { return filepath.Join(s.Dir, ".metrics.sock") }
