@@ -197,8 +197,20 @@ func (c *Config) validate(arch string, line func(key string) int) error {
 		bad("hypervisor.initrd_path", "neither it nor hypervisor.image_path is set; the guest boots from one of them")
 	}
 
-	c.fitMachine(arch, bad)
+	c.fitMachine(guestArch(h.Path, arch), bad)
 	return errors.Join(errs...)
+}
+
+// guestArch is the architecture of the guests on a host of architecture arch: its own, unless the
+// hypervisor is QEMU for the other, which emulates that.
+func guestArch(hypervisor, arch string) string {
+	switch filepath.Base(hypervisor) {
+	case "qemu-system-x86_64":
+		return "amd64"
+	case "qemu-system-aarch64":
+		return "arm64"
+	}
+	return arch
 }
 
 // fitMachine checks machine_type and replaces the machine of the other architecture by this one's:
@@ -207,7 +219,7 @@ func (c *Config) fitMachine(arch string, bad func(key, format string, args ...an
 	const key = "hypervisor.machine_type"
 	name, options, _ := strings.Cut(c.Hypervisor.MachineType, ",")
 	if name == "" {
-		bad(key, "it is empty, but a machine is needed (%s on this host)", machineNames[arch])
+		bad(key, "it is empty, but a machine is needed (%s here)", machineNames[arch])
 		return
 	}
 	if strings.ContainsAny(c.Hypervisor.MachineType, " \t\n\x00") {

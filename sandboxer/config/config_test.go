@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -64,6 +65,21 @@ func TestGuideFile(t *testing.T) {
 		want.Hypervisor.MachineType = tc.machine
 		if got.Sandbox != want.Sandbox || got.Hypervisor != want.Hypervisor {
 			t.Errorf("%s: got\n%+v\nwant\n%+v", tc.arch, got, want)
+		}
+	}
+}
+
+func TestMachineFitsTheEmulatedArchitecture(t *testing.T) {
+	for _, tc := range []struct{ arch, path, machine, want string }{
+		{"amd64", "/usr/bin/qemu-system-aarch64", "virt", "virt"},
+		{"amd64", "/usr/bin/qemu-system-aarch64", "q35", "virt"},
+		{"arm64", "/usr/bin/qemu-system-aarch64", "q35", "virt"},
+		{"arm64", "/opt/bin/qemu-system-x86_64", "q35", "q35"},
+		{"amd64", "/usr/libexec/qemu-kvm", "virt", "q35"},
+	} {
+		got, err := parse(fmt.Sprintf("[hypervisor]\npath = %q\nmachine_type = %q\n", tc.path, tc.machine), tc.arch)
+		if err != nil || got.Hypervisor.MachineType != tc.want {
+			t.Errorf("%+v: got %+v, %v", tc, got, err)
 		}
 	}
 }

@@ -485,6 +485,24 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
+func TestCommandLineOfVirt(t *testing.T) {
+	d, err := qemu.New(qemu.Config{Path: vmtest.StandIn(t, vmtest.Behaviour{}), MachineType: "virt", Accelerator: "tcg", Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := strings.Join(qemu.CommandLine(d, plainSpec(t)), " ")
+	for _, want := range []string{"-machine virt,gic-version=max ", "-cpu max,pauth-impdef=on ", "console=ttyAMA0 "} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%q is missing in %s", want, line)
+		}
+	}
+	for _, not := range []string{"-bios", "tsc", "noapictimer", "no_timer_check", "reboot=t"} {
+		if strings.Contains(line, not) {
+			t.Errorf("%q is in %s", not, line)
+		}
+	}
+}
+
 func TestQuickFirmwareIsUsedIfThere(t *testing.T) {
 	path := vmtest.StandIn(t, vmtest.Behaviour{})
 	config := qemu.Config{Path: path, MachineType: "q35", Accelerator: "tcg", Log: quiet()}
