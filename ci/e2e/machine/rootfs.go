@@ -1,0 +1,103 @@
+package machine
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+)
+
+// suite of Debian: of the distributions that this can make from a plain directory, the one whose
+// dnf, rpm, systemd and QEMU are nearest in age to openEuler's.
+const suite = "bookworm"
+
+// recipe is what happens to the root file system after debootstrap; it runs in it.
+//
+//go:embed recipe.sh
+var recipe string
+
+// packages of the root file system, with what they depend on and nothing that they recommend.
+// qemu-system-x86 and -arm bring the virtiofs daemon along.
+func packages() []string {
+	list := []string{
+		"systemd", "systemd-sysv", "dbus", "rpm", "dnf", "ca-certificates",
+		"procps", "iproute2", "iptables", "kmod",
+	}
+	if runtime.GOARCH == "arm64" {
+		return append(list, "qemu-system-arm")
+	}
+	return append(list, "qemu-system-x86")
+}
+
+// Rootfs returns the directory of the machines' root file system. It lies in the user's cache and
+// is named by what it is made of, so that a second call is quick; a first one needs root,
+// debootstrap, a Debian mirror and some minutes, and says so on progress. Nobody may write to it.
+func Rootfs(ctx context.Context, progress io.Writer) (string, error) {
+	list := strings.Join(packages(), ",")
+	sum := sha256.New()
+	fmt.Fprintln(sum, suite, runtime.GOARCH, list, recipe)
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("cannot make the root file system: %w", err)
+	}
+	dir := filepath.Join(cache, "kuasar", fmt.Sprintf("rootfs-%x", sum.Sum(nil)[:8]))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("cannot make the root file system: %w", err)
+	}
+	fmt.Fprintln(progress, "making the root file system of the machine with systemd (once, two to three minutes)")
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return "", fmt.Errorf("cannot make the root file system: %w", err)
+	}
+	// Made aside and renamed: what was interrupted never looks complete.
+	partial, err := os.MkdirTemp(filepath.Dir(dir), "rootfs-partial-")
+	if err != nil {
+		return "", fmt.Errorf("cannot make the root file system: %w", err)
+	}
+	defer os.RemoveAll(partial)
+	for _, command := range [][]string{
+		{"debootstrap", "--variant=minbase", "--include=" + list, suite, partial, mirror()},
+		{"chroot", partial, "/bin/sh", "-ec", recipe},
+	} {
+		cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+		cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+		if output, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("cannot make the root file system: %s: %w\n%s", command[0], err, last(string(output), 2000))
+		}
+	}
+	if err := os.Chmod(partial, 0o755); err != nil {
+		return "", fmt.Errorf("cannot make the root file system: %w", err)
+	}
+	if err := os.Rename(partial, dir); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", fmt.Errorf("cannot make the root file system: %w", err)
+	}
+	return dir, nil
+}
+
+// mirror is the one that this machine itself installs from if it is a Debian, else the project's.
+func mirror() string {
+	files, _ := filepath.Glob("/etc/apt/sources.list.d/*")
+	for _, file := range append(files, "/etc/apt/sources.list") {
+		text, _ := os.ReadFile(file)
+		if found := regexp.MustCompile(`(?m)^[^#\n]*?(https?://\S+/debian/?)(\s|$)`).FindSubmatch(text); found != nil {
+			return string(found[1])
+		}
+	}
+	return "http://deb.debian.org/debian"
+}
+
+// last returns the end of a text.
+func last(text string, most int) string {
+	text = strings.TrimSpace(text)
+	return cmp.Or(text[max(0, len(text)-most):], "it said nothing")
+}
