@@ -29,6 +29,10 @@ const (
 	Image Purpose = "make a container image"
 	// Race is running the unit tests with the race detector.
 	Race Purpose = "run the tests"
+	// Machine is booting a machine with systemd in namespaces.
+	Machine Purpose = "boot a machine with systemd"
+	// Install is installing packages into an empty root directory.
+	Install Purpose = "install packages with dnf"
 
 	// CrossKernel is what Kernel needs more to build for the other architecture: on x86_64 for
 	// aarch64, on aarch64 for x86_64.
@@ -112,6 +116,17 @@ var requirements = map[Purpose][]requirement{
 	Image: {
 		{files: []string{"/var/lib/dpkg/info/busybox-static.list", "/usr/sbin/busybox"}, why: "is the container image of the demo and the tests, linked statically", deb: []string{"busybox-static"}, rpm: []string{"busybox"}},
 	},
+	Machine: {
+		{files: []string{"debootstrap"}, why: "makes the machine's root file system", deb: []string{"debootstrap"}, rpm: []string{"debootstrap"}},
+		{files: []string{"unshare"}, why: "makes the machine's namespaces", deb: []string{"util-linux"}, rpm: []string{"util-linux"}},
+		{files: []string{"nsenter"}, why: "runs commands in the machine", deb: []string{"util-linux-extra", "util-linux"}, rpm: []string{"util-linux"}},
+	},
+	Install: {
+		{files: []string{"dnf"}, why: "installs the packages", deb: []string{"dnf"}, rpm: []string{"dnf"}},
+		{files: []string{"rpm"}, why: "verifies what is installed", deb: []string{"rpm"}, rpm: []string{"rpm"}},
+		{files: []string{"createrepo_c"}, why: "makes a repository of packages", deb: []string{"createrepo-c"}, rpm: []string{"createrepo_c"}},
+		{files: []string{"/var/lib/dpkg/info/busybox-static.list", "/usr/sbin/busybox"}, why: "is the shell of the root's scriptlets", deb: []string{"busybox-static"}, rpm: []string{"busybox"}},
+	},
 	Race: {
 		{files: []string{"gcc"}, why: "the race detector is linked by the C compiler", deb: []string{"gcc"}, rpm: []string{"gcc"}},
 		{files: []string{"/usr/include/stdio.h"}, why: "the race detector is linked by the C compiler", deb: []string{"libc6-dev"}, rpm: []string{"glibc-devel"}},
@@ -131,6 +146,9 @@ var requirements = map[Purpose][]requirement{
 // thereItself is what is left on distributions with dnf: their cross compilers come without a C
 // library.
 const thereItself = "build it on a machine of that architecture"
+
+// ErrElsewhere is wrapped by the errors of Ensure for what no package of this distribution brings.
+var ErrElsewhere = errors.New("no package brings what is missing")
 
 // Ensure installs what this machine lacks for the given purposes. With nothing missing it neither
 // prints nor runs anything. Without root it fails with the command that root must run.
@@ -274,7 +292,7 @@ func (m machine) ensureRequired(ctx context.Context, purposes []Purpose) error {
 	}
 	for _, n := range needs {
 		if len(p.names(n.requirement)) == 0 {
-			return fmt.Errorf("cannot %s: no package that %s could install has %s, which %s; %s", n.purpose, p.name, n.files[0], n.why, n.elsewhere)
+			return fmt.Errorf("cannot %s: %w on a machine with %s: %s, which %s; %s", n.purpose, ErrElsewhere, p.name, n.files[0], n.why, n.elsewhere)
 		}
 	}
 	if !m.root {
