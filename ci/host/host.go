@@ -119,7 +119,7 @@ var requirements = map[Purpose][]requirement{
 	Machine: {
 		{files: []string{"debootstrap"}, why: "makes the machine's root file system", deb: []string{"debootstrap"}, rpm: []string{"debootstrap"}},
 		{files: []string{"unshare"}, why: "makes the machine's namespaces", deb: []string{"util-linux"}, rpm: []string{"util-linux"}},
-		{files: []string{"nsenter"}, why: "runs commands in the machine", deb: []string{"util-linux-extra", "util-linux"}, rpm: []string{"util-linux"}},
+		{files: []string{"nsenter"}, why: "runs commands in the machine", deb: []string{"util-linux"}, rpm: []string{"util-linux"}},
 	},
 	Install: {
 		{files: []string{"dnf"}, why: "installs the packages", deb: []string{"dnf"}, rpm: []string{"dnf"}},
