@@ -5,6 +5,7 @@ package bed
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -40,6 +41,7 @@ func Test(ctx context.Context, tree build.Tree) error {
 		{"unit tests of " + console, func() error { return run(ctx, tree, console, race, "test", "-race", "./...") }},
 		{"checks of the source", func() error { return lint.Run(ctx, cmp.Or(tree.Root, "."), os.Stdout) }},
 		{"builds", func() error { return prepare(ctx, tree) }},
+		{"builds for aarch64, to be emulated", func() error { return prepareEmulated(ctx, tree, os.Stdout) }},
 		{"end-to-end tests", func() error {
 			return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, "test", "-count=1", "-timeout=30m", "-v", "./...")
 		}},
@@ -87,10 +89,31 @@ func prepare(ctx context.Context, tree build.Tree) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("pods in virtual machines need root: for network namespaces, mounts and cgroups")
 	}
+	if own := (build.Tree{}).Architecture(); tree.Architecture() != own {
+		return fmt.Errorf("pods run on this machine's architecture, which is %s: unset ARCH", own)
+	}
 	if err := host.Ensure(ctx, host.Agent, host.Kernel, host.Run, host.Image); err != nil {
 		return err
 	}
 	return tree.Everything(ctx)
+}
+
+// prepareEmulated builds, on x86_64, what the end-to-end test of aarch64 boots. Where this machine's
+// distribution cannot, it says so on out, and the test is skipped.
+func prepareEmulated(ctx context.Context, tree build.Tree, out io.Writer) error {
+	if tree.Architecture() != "x86_64" {
+		return nil
+	}
+	tree.Arch = "aarch64"
+	err := host.Ensure(ctx, host.Emulate)
+	if err == nil {
+		err = tree.Everything(ctx)
+	}
+	if errors.Is(err, host.ErrElsewhere) {
+		fmt.Fprintf(out, "aarch64 is not tested: %v\n", err)
+		return nil
+	}
+	return err
 }
 
 // run runs the go command in a folder of the tree, on this terminal.

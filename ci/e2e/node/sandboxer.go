@@ -15,7 +15,8 @@ import (
 )
 
 // Settings are keys of the sandboxer's configuration, such as "kernel_path", with their values as
-// TOML writes them. They replace those of defaults/config_qemu.toml.
+// TOML writes them. They replace those of defaults/config_qemu.toml; "path" is the hypervisor's, the
+// first of that name.
 type Settings map[string]string
 
 // Sandboxer is a running vmm-sandboxer.
@@ -68,10 +69,11 @@ func (n *Node) startSandboxer(ctx context.Context, plugin string, settings Setti
 	text := string(shipped)
 	for key, value := range all {
 		line := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(key) + ` = .*$`)
-		if !line.MatchString(text) {
+		at := line.FindStringIndex(text)
+		if at == nil {
 			return nil, fmt.Errorf("cannot start the sandboxer: defaults/config_qemu.toml has no key %s", key)
 		}
-		text = line.ReplaceAllLiteralString(text, key+" = "+value)
+		text = text[:at[0]] + key + " = " + value + text[at[1]:]
 	}
 	if err := os.WriteFile(s.Config, []byte(text), 0o644); err != nil {
 		return nil, fmt.Errorf("cannot start the sandboxer: %w", err)
