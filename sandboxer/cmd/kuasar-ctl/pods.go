@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"kuasar.io/kuasar/sandboxer/cgroup"
-	"kuasar.io/kuasar/sandboxer/container"
 	"kuasar.io/kuasar/sandboxer/node"
 	"kuasar.io/kuasar/sandboxer/pod"
 )
@@ -306,8 +305,27 @@ type processOutcome struct {
 	Exited   time.Time `json:"exited,omitzero"`
 }
 
+// containerRecord is what of package container's records in the journal is shown. A test compares
+// the two; importing the package would bring half the daemon along.
+type containerRecord struct {
+	ID        string `json:"id"`
+	Bundle    string `json:"bundle"`
+	OOMKills  uint64 `json:"oomKills"`
+	Processes []struct {
+		ExecID string `json:"execID"`
+		Status int    `json:"status"`
+		Exit   struct {
+			Status uint32
+			At     time.Time
+		} `json:"exit"`
+	} `json:"processes"`
+}
+
+// processStates are the names of the records' states of a process, by their numbers.
+var processStates = []string{"unknown", "created", "running", "paused", "stopped"}
+
 func containersOf(i *pod.Inspection) []containerDetails {
-	var records []container.Record
+	var records []containerRecord
 	if len(i.Containers) == 0 || json.Unmarshal(i.Containers, &records) != nil {
 		return nil
 	}
@@ -315,9 +333,11 @@ func containersOf(i *pod.Inspection) []containerDetails {
 	for _, r := range records {
 		d := containerDetails{ID: r.ID, OOMKills: r.OOMKills, Bundle: r.Bundle, Process: []processOutcome{}}
 		for _, p := range r.Processes {
-			d.Process = append(d.Process, processOutcome{
-				ExecID: p.ExecID, Status: strings.ToLower(p.Status.String()), ExitCode: p.Exit.Status, Exited: p.Exit.At,
-			})
+			status := processStates[0]
+			if p.Status > 0 && p.Status < len(processStates) {
+				status = processStates[p.Status]
+			}
+			d.Process = append(d.Process, processOutcome{ExecID: p.ExecID, Status: status, ExitCode: p.Exit.Status, Exited: p.Exit.At})
 		}
 		all = append(all, d)
 	}
