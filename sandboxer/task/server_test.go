@@ -60,7 +60,7 @@ func newPod(t testing.TB) *pod {
 	p := &pod{t: t, guest: guesttest.New(t), socket: filepath.Join(t.TempDir(), "t")}
 	p.address = "ttrpc+unix://" + p.socket
 	p.set = container.NewSet(container.Options{PodID: "pod", Guest: p.guest, Storage: noStorage{}})
-	p.server = NewServer(p.set, p.address, nil)
+	p.server = NewServer(Options{Set: p.set, Address: p.address, PodID: "pod"})
 	l, err := net.Listen("unix", p.socket)
 	if err != nil {
 		t.Fatal(err)
@@ -273,16 +273,16 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
-// stream is a client's end of a standard stream.
-type stream struct {
+// clientStream is a client's end of a standard stream.
+type clientStream struct {
 	t      testing.TB
 	client *ttrpc.Client
 	streaming.TTRPCStreaming_StreamClient
 }
 
-func (p *pod) open(id string) *stream {
+func (p *pod) open(id string) *clientStream {
 	p.t.Helper()
-	s := &stream{t: p.t, client: p.dial()}
+	s := &clientStream{t: p.t, client: p.dial()}
 	var err error
 	s.TTRPCStreaming_StreamClient, err = streaming.NewTTRPCStreamingClient(s.client).Stream(testContext(p.t))
 	if err != nil {
@@ -296,7 +296,7 @@ func (p *pod) open(id string) *stream {
 	return s
 }
 
-func (s *stream) send(m proto.Message) {
+func (s *clientStream) send(m proto.Message) {
 	s.t.Helper()
 	a, err := pack(m)
 	if err == nil {
@@ -308,7 +308,7 @@ func (s *stream) send(m proto.Message) {
 }
 
 // read collects output until the end or until it has max bytes, and tops the window up.
-func (s *stream) read(max int) ([]byte, error) {
+func (s *clientStream) read(max int) ([]byte, error) {
 	var got []byte
 	s.send(&transfer.WindowUpdate{Update: 65536})
 	for len(got) < max {
@@ -333,7 +333,7 @@ func (s *stream) read(max int) ([]byte, error) {
 }
 
 // write sends input within the window.
-func (s *stream) write(p []byte) {
+func (s *clientStream) write(p []byte) {
 	s.t.Helper()
 	window := 0
 	for len(p) > 0 {

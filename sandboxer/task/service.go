@@ -87,7 +87,7 @@ var methods = map[string]method{
 // Call answers one call: it decodes payload as the method's request and returns the encoded
 // answer. Errors are gRPC statuses.
 func (s *Service) Call(ctx context.Context, name string, payload []byte) ([]byte, error) {
-	answer, err := s.call(ctx, name, func(request proto.Message) error { return proto.Unmarshal(payload, request) })
+	answer, err := s.call(ctx, name, payload)
 	if err != nil {
 		return nil, err
 	}
@@ -98,13 +98,13 @@ func (s *Service) Call(ctx context.Context, name string, payload []byte) ([]byte
 	return encoded, nil
 }
 
-func (s *Service) call(ctx context.Context, name string, decode func(proto.Message) error) (proto.Message, error) {
+func (s *Service) call(ctx context.Context, name string, payload []byte) (proto.Message, error) {
 	m, ok := methods[name]
 	if !ok {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("method %s of the Task API: %w", name, errdefs.ErrNotImplemented))
 	}
 	request := m.request()
-	if err := decode(request); err != nil {
+	if err := proto.Unmarshal(payload, request); err != nil {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("cannot decode the request of %s: %s: %w", name, err, errdefs.ErrInvalidArgument))
 	}
 	began := time.Now()
@@ -114,6 +114,12 @@ func (s *Service) call(ctx context.Context, name string, decode func(proto.Messa
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return answer, nil
+}
+
+// ServeStream lends a client's connection to the process that names the id; see
+// container.Set.ServeStream.
+func (s *Service) ServeStream(ctx context.Context, id string, stream container.ClientStream) error {
+	return s.set.ServeStream(ctx, id, stream)
 }
 
 // report logs a call. What clients do as a matter of course, such as deleting twice, is no news.

@@ -6,15 +6,16 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"sync"
 
 	streaming "github.com/containerd/containerd/api/services/streaming/v1"
 	"github.com/containerd/containerd/api/types/transfer"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"kuasar.io/kuasar/sandboxer/container"
 )
 
 const (
@@ -22,244 +23,523 @@ const (
 	streamPiece = 32 << 10
 	// inputWindow is how much input a client may send ahead.
 	inputWindow = 64 << 10
+	// maxAhead is how much more it may send before it is cut off.
+	maxAhead = 3 * inputWindow
 	// maxWindow bounds the credit that a client can pile up.
 	maxWindow = 64 << 20
 )
 
-// MessageStream is one bidirectional call of the Streaming API, whatever carries it.
-type MessageStream interface {
-	Send(*anypb.Any) error
-	Recv() (*anypb.Any, error)
+// stream is one call of containerd.services.streaming.v1.Streaming/Stream: the client names an id,
+// and its connection then carries the standard stream with that id, in one direction, which shows
+// with the first use. Except where said, its fields are guarded by connection.mu.
+type stream struct {
+	conn   *connection
+	id     uint32 // the protocol's number, not changed
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	stop   context.CancelFunc
+
+	requestSlot, initSlot int // their pins
+
+	name     string        // what the client called it; "" until its first message
+	begun    bool          // serveStream runs
+	accepted chan struct{} // closed when the client was told
+	served   chan struct{} // closed with over
+	over     bool          // serveStream has ended
+
+	output bool  // the client has granted a window
+	err    error // why nothing more is received; io.EOF is the client's end
+	broken error // the answer to a client that broke the protocol
+
+	received uint64  // input: offset behind what arrived
+	pieces   []piece // input: what Receive has not returned
+	kept     []piece // input: what was not consumed, without its bytes
 }
 
-// Stream answers one call of containerd.services.streaming.v1.Streaming/Stream: the client names
-// an id, and the connection then carries the standard stream with that id. ctx is the connection's
-// life. Returning nil tells the client the end of the stream.
-func (s *Service) Stream(ctx context.Context, messages MessageStream) error {
-	first, err := messages.Recv()
-	if err != nil {
-		return errgrpc.ToGRPC(fmt.Errorf("cannot read the first message of a stream: %w", err))
+// piece is one message of input.
+type piece struct {
+	at     int64  // its frame in the inbox
+	offset uint64 // of its first byte in the stream
+	length int
+	last   bool // the client's end, which stays until the stream is over
+	data   []byte
+}
+
+// newStream makes a stream of a request. c.mu is held, or nobody else knows c.
+func newStream(c *connection, id uint32, slot int, request *ttrpc.Request) *stream {
+	st := &stream{
+		conn: c, id: id, requestSlot: slot, initSlot: -1, received: c.inbox.Mark().Count,
+		accepted: make(chan struct{}), served: make(chan struct{}),
+	}
+	st.ctx, st.stop = callContext(c.life, request)
+	st.ctx, st.cancel = context.WithCancelCause(st.ctx)
+	if c.outbox.Count() > 0 {
+		close(st.accepted) // by another daemon
+	}
+	return st
+}
+
+// begin reads the first message.
+func (st *stream) begin(f frame) error {
+	message := &anypb.Any{}
+	if err := proto.Unmarshal(f.payload, message); err != nil {
+		return fmt.Errorf("cannot decode the first message of a stream: %s: %w", err, errdefs.ErrInvalidArgument)
 	}
 	init := &streaming.StreamInit{}
-	if err := unpack(first, init); err != nil {
-		return errgrpc.ToGRPC(err)
+	if err := unpack(message, init); err != nil {
+		return err
 	}
 	if n := len(init.GetID()); n == 0 || n > 512 {
-		return errgrpc.ToGRPC(fmt.Errorf("id: a stream's id has %d bytes, allowed are 1 to 512: %w", n, errdefs.ErrInvalidArgument))
+		return fmt.Errorf("id: a stream's id has %d bytes, allowed are 1 to 512: %w", n, errdefs.ErrInvalidArgument)
 	}
-	return errgrpc.ToGRPC(s.set.ServeStream(ctx, init.GetID(), newConnection(ctx, messages)))
+	st.name = init.GetID()
+	st.begun = true
+	return nil
 }
 
-// connection is a container.ClientStream. Its direction shows with its first use; from then on
-// one goroutine receives until the connection ends, so that the transport never has to wait.
-type connection struct {
-	life     context.Context
-	messages MessageStream
-	accepted chan struct{} // closed when the client was told
-	start    sync.Once
-
-	mu      sync.Mutex
-	changed chan struct{} // closed and replaced on every change
-	window  int64         // output: what may be sent
-	pieces  [][]byte      // input: what was received
-	pending int           // input: its bytes
-	owed    int           // input: bytes taken since the last window update
-	err     error         // why nothing more is received; io.EOF is the client's end
+// takeData handles a stream's frame; what it returns is to be run when the mark has passed it. c.mu
+// is held.
+func (c *connection) takeData(f frame) (run func()) {
+	st := c.stream
+	if st == nil || st.id != f.stream || st.over {
+		if f.at >= c.seen {
+			c.respond(f.stream, &ttrpc.Response{Status: statusOf(fmt.Errorf("stream %d is not open: %w", f.stream, errdefs.ErrInvalidArgument)).Proto()})
+		}
+		return nil
+	}
+	closing := f.flags&flagClosed != 0
+	if f.flags&flagEmpty == 0 {
+		switch {
+		case st.isInit(f):
+			return nil // another daemon died before the mark passed it
+		case !st.begun:
+			run = st.open(f)
+		default:
+			st.take(f)
+		}
+	}
+	switch {
+	case !closing || st.over:
+	case !st.begun:
+		c.endStream(st, fmt.Errorf("a stream was closed before its first message: %w", errdefs.ErrInvalidArgument))
+	case st.err == nil:
+		st.err = io.EOF
+		st.kept = append(st.kept, piece{at: f.at, offset: st.received, last: true})
+	}
+	return run
 }
 
-func newConnection(life context.Context, messages MessageStream) *connection {
-	return &connection{life: life, messages: messages, accepted: make(chan struct{}), changed: make(chan struct{})}
+// isInit tells whether a frame is the first message, which is pinned.
+func (st *stream) isInit(f frame) bool {
+	if f.at >= st.conn.seen {
+		return false
+	}
+	for _, pin := range st.conn.inbox.Pinned() {
+		if pin.Slot == st.initSlot {
+			return pin.Off == f.at
+		}
+	}
+	return false
+}
+
+// open handles the first message.
+func (st *stream) open(f frame) (run func()) {
+	c := st.conn
+	if err := st.begin(f); err != nil {
+		c.endStream(st, err)
+		return nil
+	}
+	slot, err := c.inbox.Pin(f.at, f.size())
+	if err != nil {
+		c.endStream(st, fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted))
+		return nil
+	}
+	st.initSlot = slot
+	return func() { c.serveStream(st) }
+}
+
+// take handles a message after the first.
+func (st *stream) take(f frame) {
+	c := st.conn
+	message := &anypb.Any{}
+	err := proto.Unmarshal(f.payload, message)
+	update, data := &transfer.WindowUpdate{}, &transfer.Data{}
+	switch {
+	case st.err != nil:
+		return // it was closed, or is broken
+	case err != nil:
+		err = fmt.Errorf("cannot decode a message of a stream: %s: %w", err, errdefs.ErrInvalidArgument)
+	case st.received > 0 || len(st.kept) > 0 || !st.output && named(message, data):
+		if err = unpack(message, data); err == nil {
+			err = st.takeInput(f, data.GetData())
+		}
+	default:
+		if err = unpack(message, update); err == nil {
+			err = st.takeUpdate(int64(update.GetUpdate()))
+		}
+	}
+	if err != nil {
+		st.err, st.broken = err, err
+		st.cancel(err)
+	}
+	c.notify()
+}
+
+func (st *stream) takeUpdate(n int64) error {
+	if n < 0 {
+		return fmt.Errorf("update: a window cannot shrink by %d: %w", -n, errdefs.ErrInvalidArgument)
+	}
+	st.output = true
+	st.conn.credit += uint32(min(n, maxWindow-st.window()))
+	return nil
+}
+
+func (st *stream) takeInput(f frame, data []byte) error {
+	out := st.conn.outbox
+	begin, granted := out.Base(), out.Count()
+	ahead := int64(st.received) + int64(len(data))
+	if begin > 0 {
+		ahead -= int64(begin-1) + int64(granted-1)
+	}
+	if ahead > maxAhead {
+		return fmt.Errorf("data: %d bytes are ahead of the window: %w", ahead, errdefs.ErrResourceExhausted)
+	}
+	if len(data) == 0 {
+		return nil
+	}
+	p := piece{at: f.at, offset: st.received, length: len(data)}
+	st.kept = append(st.kept, p)
+	p.data = data
+	st.pieces = append(st.pieces, p)
+	st.received += uint64(len(data))
+	return nil
+}
+
+// serveStream lends the stream to its process until it is over.
+func (c *connection) serveStream(st *stream) {
+	err := c.server.backend.ServeStream(st.ctx, st.name, st)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.endStream(st, err)
+	c.flush()
+	c.settle()
+}
+
+// endStream tells the client the end, which is an error or the end of the stream. c.mu is held.
+func (c *connection) endStream(st *stream, err error) {
+	st.over = true
+	close(st.served)
+	st.cancel(err)
+	st.stop()
+	defer c.notify()
+	if c.frozen {
+		return // the next daemon goes on
+	}
+	if st.broken != nil {
+		err = st.broken
+	}
+	if err != nil {
+		if !c.respond(st.id, &ttrpc.Response{Status: statusOf(err).Proto()}) {
+			return
+		}
+	} else if !c.send(frame{stream: st.id, kind: kindData, flags: flagClosed | flagEmpty}, c.outbox.Count()) {
+		return
+	}
+	// A request without its first message harms nobody; a message without its request is ignored.
+	c.unpin(st.requestSlot)
+	if st.initSlot >= 0 {
+		c.unpin(st.initSlot)
+	}
+	if !c.lost {
+		c.advance()
+	}
+}
+
+// lose says that nothing more will be received. c.mu is held.
+func (st *stream) lose(err error) {
+	if st.err == nil {
+		st.err = err
+	}
 }
 
 // Accept implements container.ClientStream.
-func (c *connection) Accept() error {
-	defer close(c.accepted)
-	ack, err := pack(&emptypb.Empty{})
-	if err != nil {
+func (st *stream) Accept() error {
+	c := st.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case <-st.accepted:
+		return nil
+	default:
+	}
+	defer close(st.accepted)
+	switch {
+	case c.frozen:
+		return errHandedOver
+	case c.deaf:
+		return errGone
+	}
+	if err := st.send(&emptypb.Empty{}, 1); err != nil {
 		return err
 	}
-	return c.messages.Send(ack)
+	c.flush()
+	return nil
 }
 
 // waitAccepted does not look at the connection's life: input may have arrived before its end, and
 // Accept fails by itself then.
-func (c *connection) waitAccepted(ctx context.Context) error {
+func (st *stream) waitAccepted(ctx context.Context) error {
 	select {
-	case <-c.accepted:
+	case <-st.accepted:
 		return nil // whether or not ctx has ended: what was received is still there
 	default:
 	}
 	select {
-	case <-c.accepted:
+	case <-st.accepted:
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 }
 
-// update changes the state under the lock and wakes who waits for it.
-func (c *connection) update(change func()) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	change()
-	close(c.changed)
-	c.changed = make(chan struct{})
+// send sends a message and remembers the count with it. c.mu is held.
+func (st *stream) send(m proto.Message, count uint64) error {
+	a, err := pack(m)
+	if err != nil {
+		return err
+	}
+	payload, err := proto.Marshal(a)
+	if err != nil {
+		return err
+	}
+	if !st.conn.send(frame{stream: st.id, kind: kindData, payload: payload}, count) {
+		return errGone
+	}
+	return nil
 }
 
-// receive hands every message to take until the connection ends.
-func (c *connection) receive(take func(*anypb.Any) error) {
-	cancelled := 0
-	for {
-		m, err := c.messages.Recv()
-		if err != nil && c.life.Err() != nil && !errors.Is(err, io.EOF) && cancelled < 128 {
-			// The connection is gone, but messages may have arrived before: the transport
-			// chooses between them and the end by chance, so it is asked more than once.
-			cancelled++
-			continue
-		}
-		if err == nil {
-			err = take(m)
-		}
-		if err != nil {
-			c.update(func() { c.err = err })
-			return
-		}
+// delivered is the offset of output up to which the client has, or will get, everything; 0 on a
+// connection that none was sent on. c.mu is held.
+func (st *stream) delivered() uint64 {
+	out := st.conn.outbox
+	return max(out.Base(), out.Count(), 1) - 1
+}
+
+// window is how much output the client has room for. c.mu is held.
+func (st *stream) window() int64 {
+	sent := uint64(0)
+	if base := st.conn.outbox.Base(); base > 0 {
+		sent = st.delivered() - (base - 1)
 	}
+	return int64(int32(st.conn.credit - uint32(sent)))
 }
 
 // Delivered implements container.ClientStream.
-func (c *connection) Delivered() (uint64, bool) { return 0, false }
-
-// Begin implements container.ClientStream.
-func (c *connection) Begin(offset uint64) uint64 { return offset }
-
-// Consumed implements container.ClientStream.
-func (c *connection) Consumed(uint64) {}
+func (st *stream) Delivered() (offset uint64, ok bool) {
+	c := st.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.frozen || c.outbox.Base() == 0 {
+		return 0, false
+	}
+	return st.delivered(), true
+}
 
 // Send implements container.ClientStream.
-func (c *connection) Send(ctx context.Context, p []byte, _ uint64) (int, error) {
-	if err := c.waitAccepted(ctx); err != nil {
+func (st *stream) Send(ctx context.Context, p []byte, offset uint64) (int, error) {
+	if err := st.waitAccepted(ctx); err != nil {
 		return 0, err
 	}
-	c.start.Do(func() {
-		go c.receive(func(m *anypb.Any) error {
-			w := &transfer.WindowUpdate{}
-			if err := unpack(m, w); err != nil {
-				return err
-			}
-			if w.GetUpdate() < 0 {
-				return fmt.Errorf("update: a window cannot shrink by %d: %w", -int64(w.GetUpdate()), errdefs.ErrInvalidArgument)
-			}
-			c.update(func() { c.window = min(c.window+int64(w.GetUpdate()), maxWindow) })
-			return nil
-		})
-	})
+	c := st.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	sent := 0
 	for sent < len(p) {
-		c.mu.Lock()
-		n := int(min(int64(len(p)-sent), c.window, streamPiece))
-		c.window -= int64(n)
-		err, changed := c.err, c.changed
-		c.mu.Unlock()
-		if errors.Is(err, io.EOF) {
-			err = nil // a client that has nothing more to say may still listen
-		}
 		switch {
-		case err != nil:
+		case c.frozen:
+			return sent, errHandedOver
+		case st.over, c.deaf:
+			return sent, errGone
+		case st.err != nil && !errors.Is(st.err, io.EOF):
+			return sent, st.err // a client that has nothing more to say may still listen
+		case len(st.kept) > 0 && !st.kept[0].last:
+			return sent, fmt.Errorf("stream %s: the client sends input where output belongs: %w", st.name, errdefs.ErrInvalidArgument)
+		}
+		if err := st.place(offset + uint64(sent)); err != nil {
 			return sent, err
-		case n > 0:
-			m, err := pack(&transfer.Data{Data: p[sent : sent+n]})
-			if err == nil {
-				err = c.messages.Send(m)
-			}
-			if err != nil {
+		}
+		n := int(min(int64(len(p)-sent), st.window(), streamPiece))
+		if n > 0 && c.outbox.Pending() < maxPending {
+			if err := st.send(&transfer.Data{Data: p[sent : sent+n]}, 1+offset+uint64(sent+n)); err != nil {
 				return sent, err
 			}
 			sent += n
+			c.flush()
 			continue
 		}
+		changed := c.changed
+		c.mu.Unlock()
 		select {
 		case <-changed:
-		case <-c.life.Done():
-			return sent, context.Cause(c.life)
 		case <-ctx.Done():
+		}
+		c.mu.Lock()
+		if ctx.Err() != nil {
 			return sent, context.Cause(ctx)
 		}
 	}
 	return sent, nil
 }
 
+// place remembers where the output on this connection begins; from there on it has no gaps. c.mu is
+// held.
+func (st *stream) place(offset uint64) error {
+	out := st.conn.outbox
+	if out.Base() > 0 {
+		if delivered := st.delivered(); offset != delivered {
+			return fmt.Errorf("stream %s: output at %d does not follow what was delivered, up to %d: %w", st.name, offset, delivered, errdefs.ErrInternal)
+		}
+		return nil
+	}
+	if err := out.SetBase(1 + offset); err != nil {
+		st.conn.fail(err)
+		return err
+	}
+	return nil
+}
+
+// Begin implements container.ClientStream.
+func (st *stream) Begin(offset uint64) uint64 {
+	c := st.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.frozen {
+		return offset
+	}
+	if c.outbox.Base() > 0 {
+		if len(st.kept) > 0 {
+			return st.kept[0].offset
+		}
+		return st.received
+	}
+	st.beginInput(offset)
+	return offset
+}
+
+// beginInput is Begin on a new connection. c.mu is held.
+func (st *stream) beginInput(offset uint64) {
+	c := st.conn
+	// What a client sent before it was asked to begins there, too.
+	st.received += offset
+	for i := range st.kept {
+		st.kept[i].offset += offset
+	}
+	for i := range st.pieces {
+		st.pieces[i].offset += offset
+	}
+	c.advance()
+	if err := c.outbox.SetBase(1 + offset); err != nil {
+		c.fail(err)
+	}
+}
+
 // Receive implements container.ClientStream.
-func (c *connection) Receive(ctx context.Context) ([]byte, error) {
-	if err := c.waitAccepted(ctx); err != nil {
+func (st *stream) Receive(ctx context.Context) ([]byte, error) {
+	if err := st.waitAccepted(ctx); err != nil {
 		return nil, err
 	}
-	c.start.Do(func() {
-		c.mu.Lock()
-		c.owed = inputWindow
-		c.mu.Unlock()
-		go c.receive(func(m *anypb.Any) error {
-			d := &transfer.Data{}
-			if err := unpack(m, d); err != nil {
-				return err
-			}
-			c.mu.Lock()
-			pending := c.pending + len(d.GetData())
-			c.mu.Unlock()
-			if pending > 4*inputWindow {
-				return fmt.Errorf("data: %d bytes are ahead of the window: %w", pending, errdefs.ErrResourceExhausted)
-			}
-			if len(d.GetData()) > 0 {
-				c.update(func() {
-					c.pieces = append(c.pieces, d.GetData())
-					c.pending = pending
-				})
-			}
-			return nil
-		})
-	})
+	c := st.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for {
-		c.mu.Lock()
-		if len(c.pieces) > 0 {
-			p := c.pieces[0]
-			c.pieces = c.pieces[1:]
-			c.pending -= len(p)
-			c.owed += len(p)
-			c.mu.Unlock()
+		switch {
+		case len(st.pieces) > 0:
+			p := st.pieces[0].data
+			st.pieces = st.pieces[1:]
 			return p, nil
+		case st.err != nil:
+			return nil, st.err
+		case c.frozen:
+			return nil, errHandedOver
+		case st.over:
+			return nil, errGone
+		case st.output:
+			return nil, fmt.Errorf("stream %s: the client expects output where input belongs: %w", st.name, errdefs.ErrInvalidArgument)
 		}
-		err, changed, owed := c.err, c.changed, c.owed
-		if err == nil {
-			c.owed = 0
-		}
-		c.mu.Unlock()
-		if err != nil {
+		if err := st.grant(); err != nil {
 			return nil, err
 		}
-		// The client may go on when everything before was consumed. A lost connection shows
-		// in what is received.
-		if owed > 0 {
-			if m, err := pack(&transfer.WindowUpdate{Update: int32(owed)}); err == nil {
-				c.messages.Send(m)
-			}
-			continue
-		}
+		changed := c.changed
+		c.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():
+		}
+		c.mu.Lock()
+		if ctx.Err() != nil && len(st.pieces) == 0 && st.err == nil {
 			return nil, context.Cause(ctx)
 		}
 	}
 }
 
+// grant lets the client send more when everything before was taken. c.mu is held.
+func (st *stream) grant() error {
+	c := st.conn
+	out := c.outbox
+	if out.Base() == 0 {
+		st.beginInput(0) // nobody said otherwise
+	}
+	if c.deaf || c.parsed-c.inbox.Mark().At > maxKept/2 {
+		return nil
+	}
+	granted := out.Count() - 1
+	owed := inputWindow - (int64(granted) - int64(st.received-(out.Base()-1)))
+	if owed <= 0 {
+		return nil
+	}
+	if err := st.send(&transfer.WindowUpdate{Update: int32(owed)}, 1+granted+uint64(owed)); err != nil {
+		return err
+	}
+	c.flush()
+	return nil
+}
+
+// Consumed implements container.ClientStream.
+func (st *stream) Consumed(offset uint64) {
+	c := st.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.frozen || st.over {
+		return
+	}
+	n := 0
+	for n < len(st.kept) && !st.kept[n].last && st.kept[n].offset+uint64(st.kept[n].length) <= offset {
+		n++
+	}
+	if n == 0 {
+		return
+	}
+	st.kept = st.kept[n:]
+	c.advance()
+	c.parse() // which may have waited for this
+	c.notify()
+}
+
+var _ container.ClientStream = (*stream)(nil)
+
 // unpack decodes an Any that must hold a message of m's type.
 func unpack(a *anypb.Any, m proto.Message) error {
-	want := string(m.ProtoReflect().Descriptor().FullName())
-	if name := a.GetTypeUrl(); name[strings.LastIndexByte(name, '/')+1:] != want {
-		return fmt.Errorf("a message of type %q came where %s belongs: %w", bounded(name), want, errdefs.ErrInvalidArgument)
+	if !named(a, m) {
+		return fmt.Errorf("a message of type %q came where %s belongs: %w", bounded(a.GetTypeUrl()), m.ProtoReflect().Descriptor().FullName(), errdefs.ErrInvalidArgument)
 	}
 	if err := proto.Unmarshal(a.GetValue(), m); err != nil {
-		return fmt.Errorf("cannot decode %s: %s: %w", want, err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("cannot decode %s: %s: %w", m.ProtoReflect().Descriptor().FullName(), err, errdefs.ErrInvalidArgument)
 	}
 	return nil
+}
+
+// named tells whether an Any says that it holds a message of m's type.
+func named(a *anypb.Any, m proto.Message) bool {
+	name := a.GetTypeUrl()
+	return name[strings.LastIndexByte(name, '/')+1:] == string(m.ProtoReflect().Descriptor().FullName())
 }
