@@ -175,6 +175,7 @@ func upper(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 // commands is the table of all commands.
 func commands() []command {
 	return []command{
+		{name: "check", short: "tell what this node has and lacks to run pods in virtual machines", prepare: check},
 		{name: "setup", args: "isulad|containerd", min: 1, max: 1, operand: "isulad|containerd", short: "add the runtime handler to an engine's configuration", prepare: setup},
 		{name: "list", short: "list the pods of the node", prepare: list},
 		{name: "inspect", args: "pod", min: 1, max: 1, operand: "pod", short: "tell everything that is known of a pod", prepare: inspect},
