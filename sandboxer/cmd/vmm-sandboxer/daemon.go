@@ -13,7 +13,6 @@ import (
 	"strings"
 	"time"
 
-	sd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/guest/protocol"
@@ -29,8 +28,9 @@ import (
 // of doubling. There is no hard limit: reaching one would cost all pods at once.
 const gcPercent = 50
 
-// serve runs the daemon until ctx ends. The pods live on.
-func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger) error {
+// serve runs the daemon until ctx ends. The pods live on. From when it is ready on, it runs reload
+// beside it.
+func serve(ctx context.Context, s settings, cfg *config.Config, service *service, reload func(context.Context), log *slog.Logger) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
@@ -64,7 +64,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 		Kernel: h.KernelPath, Initrd: h.InitrdPath, Image: h.ImagePath, KernelParams: h.KernelParams,
 		Size:           pod.Size{VCPUs: h.VCPUs, MemoryMiB: h.MemoryInMB},
 		MemoryPrealloc: h.EnableMemPrealloc, Debug: console,
-		Metrics: registry, Log: log,
+		Metrics: service.recovery(dir, registry), Log: log,
 	})
 	began := time.Now()
 	// A signal must not cut this short: what is not adopted is stopped.
@@ -92,10 +92,10 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 	go manager.Run(ctx)
 	log.Info("ready", "version", version.String(), "hypervisor", rt.Driver.Name(), "dir", dir, "listen", s.listen,
 		"recovery", time.Since(began).Round(time.Millisecond))
-	// Only systemd's own failure to listen is reported; without systemd there is nobody to tell.
-	if _, err := sd.SdNotify(false, sd.SdNotifyReady); err != nil {
-		log.Warn("cannot tell systemd that the daemon is ready", "error", err)
-	}
+	go service.follow(ctx, manager.Count)
+	service.ready()
+	go service.watch(ctx, liveness(s.listen, manager.Count))
+	go reload(ctx)
 
 	select {
 	case <-ctx.Done():
@@ -104,7 +104,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, log *slog.Logger
 	case err = <-served:
 		err = fmt.Errorf("cannot serve on %s any more: %w", s.listen, err)
 	}
-	_, _ = sd.SdNotify(false, sd.SdNotifyStopping)
+	service.stopping()
 	// First the connections, so that no call gets an answer that would end a pod at the client.
 	server.Close()
 	manager.Close()

@@ -32,15 +32,25 @@ func main() {
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 	case err != nil:
-		fmt.Fprintln(os.Stderr, "vmm-sandboxer:", err)
+		report(err)
 		os.Exit(1)
 	}
+}
+
+// report says why the program ends. In the journal it stands out as an error, and is one record
+// however many lines it has.
+func report(err error) {
+	if isJournal(os.Stderr, os.Getenv("JOURNAL_STREAM")) {
+		newLogger(os.Stderr, slog.LevelError).Error(err.Error())
+		return
+	}
+	fmt.Fprintln(os.Stderr, "vmm-sandboxer:", err)
 }
 
 // settings are the command line.
 type settings struct {
 	config, dir, listen, logLevel string
-	version                       bool
+	check, version                bool
 }
 
 func parse(args []string, output io.Writer) (settings, error) {
@@ -51,6 +61,7 @@ func parse(args []string, output io.Writer) (settings, error) {
 	f.StringVar(&s.dir, "dir", "/run/kuasar-vmm", "keep the state of pods below this `directory`")
 	f.StringVar(&s.listen, "listen", "/run/vmm-sandboxer.sock", "serve the sandbox API on this Unix `socket`")
 	f.StringVar(&s.logLevel, "log-level", "", "log at this `level` (trace, debug, info, warn, error) instead of the configured one")
+	f.BoolVar(&s.check, "check", false, "tell whether the configuration can be used, and exit")
 	f.BoolVar(&s.version, "version", false, "print the version and exit")
 	if err := f.Parse(args); err != nil {
 		return s, err
@@ -74,22 +85,27 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		fmt.Fprintln(stdout, "vmm-sandboxer", version.String())
 		return nil
 	}
-	cfg, err := config.Load(s.config)
+	if s.check {
+		return check(s, stdout, stderr)
+	}
+	// From here on a signal to reload must not end the daemon, though it is heeded later.
+	reloads := make(chan os.Signal, 1)
+	signal.Notify(reloads, syscall.SIGHUP)
+	defer signal.Stop(reloads)
+	cfg, configured, err := load(s)
 	if err != nil {
 		return err
 	}
-	level, err := logLevel(s.logLevel, cfg.Sandbox.LogLevel)
-	if err != nil {
-		return err
-	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level, ReplaceAttr: traceName}))
+	level := new(slog.LevelVar)
+	level.Set(configured)
+	log := newLogger(stderr, level)
+	slog.SetDefault(log)
 	for _, note := range cfg.Notes {
 		log.Warn(note)
 	}
-	if err := cfg.Check(); err != nil {
-		return err
-	}
-	return serve(ctx, s, cfg, log)
+	service := newService(log)
+	r := &reloader{settings: s, running: cfg, level: level, service: service, log: log}
+	return serve(ctx, s, cfg, service, func(ctx context.Context) { r.run(ctx, reloads) }, log)
 }
 
 const levelTrace = slog.LevelDebug - 4
@@ -112,6 +128,14 @@ func logLevel(option, configured string) (slog.Level, error) {
 		return slog.LevelError, nil
 	}
 	return 0, fmt.Errorf("--log-level %s: it is none of trace, debug, info, warn, error", name)
+}
+
+// levelName is the inverse of logLevel.
+func levelName(level slog.Level) string {
+	if level == levelTrace {
+		return "trace"
+	}
+	return strings.ToLower(level.String())
 }
 
 // traceName prints the level below debug as what it is.
