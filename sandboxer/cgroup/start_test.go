@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -22,7 +23,8 @@ func TestStart(t *testing.T) {
 		t.Skipf("this host lets nobody make cgroups: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := g.Delete(t.Context()); err != nil {
+		// The test's own context has ended by now.
+		if err := g.Delete(context.Background()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -75,5 +77,59 @@ func TestStartRefusesWhatIsNoCgroup(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), filepath.Dir(procs)) {
 			t.Errorf("%s: %v", procs, err)
 		}
+	}
+}
+
+func TestStartTakesTheDaemonsSparingAway(t *testing.T) {
+	const own = "/proc/self/oom_score_adj"
+	before, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(own, []byte("-900"), 0); err != nil {
+		t.Skipf("this user may not spare a process: %v", err)
+	}
+	defer os.WriteFile(own, before, 0)
+	for _, c := range []struct {
+		pidfd bool
+		want  string
+	}{{true, "0"}, {false, "-900"}} {
+		cmd := exec.Command("sleep", "600")
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+		fd := -1
+		if c.pidfd {
+			cmd.SysProcAttr.PidFD = &fd
+		}
+		if err := Start(nil, cmd.SysProcAttr, cmd.Start); err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid))
+		cmd.Process.Kill()
+		cmd.Wait()
+		if fd >= 0 {
+			syscall.Close(fd)
+		}
+		if err != nil || strings.TrimSpace(string(got)) != c.want {
+			t.Errorf("pidfd %v: adjustment %q (%v), want %s", c.pidfd, got, err, c.want)
+		}
+	}
+}
+
+func TestUnspareWhatHasEnded(t *testing.T) {
+	fd := -1
+	cmd := exec.Command("true")
+	cmd.SysProcAttr = &syscall.SysProcAttr{PidFD: &fd}
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if fd < 0 {
+		t.Skip("the kernel has no pidfds")
+	}
+	defer syscall.Close(fd)
+	if err := unspare(fd); err != nil {
+		t.Error(err)
+	}
+	if err := unspare(1 << 20); err == nil {
+		t.Error("a descriptor that is not open is accepted")
 	}
 }
