@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	"kuasar.io/kuasar/sandboxer/container"
 	"kuasar.io/kuasar/sandboxer/handover"
 )
 
@@ -550,7 +549,7 @@ func (c *connection) run(k *call) {
 	ctx, cancel := callContext(c.life, k.request)
 	defer cancel()
 	if k.replay {
-		ctx = container.Replay(ctx)
+		ctx = c.server.replay(ctx)
 	}
 	payload, err := c.server.backend.Call(ctx, k.request.GetMethod(), k.request.GetPayload())
 	c.mu.Lock()

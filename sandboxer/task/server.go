@@ -83,7 +83,8 @@ type Server struct {
 	store   *handover.Store
 	prefix  string
 	log     *slog.Logger
-	wrap    func(inbox, outbox) (inbox, outbox) // tests
+	replay  func(context.Context) context.Context // container.Replay
+	wrap    func(inbox, outbox) (inbox, outbox)   // tests
 
 	mu       sync.Mutex
 	listener net.Listener
@@ -104,7 +105,7 @@ func NewServer(o Options) *Server {
 func newServer(b backend, o Options) *Server {
 	return &Server{
 		backend: b, store: o.Store, prefix: "task/" + o.PodID + "/", log: o.Log,
-		conns: map[*connection]struct{}{}, next: 1,
+		replay: container.Replay, conns: map[*connection]struct{}{}, next: 1,
 	}
 }
 

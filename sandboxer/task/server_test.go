@@ -79,12 +79,17 @@ func newPod(t testing.TB) *pod {
 
 func (p *pod) dial() *ttrpc.Client {
 	p.t.Helper()
-	conn, err := net.Dial("unix", p.socket)
+	return dial(p.t, p.socket)
+}
+
+func dial(t testing.TB, socket string) *ttrpc.Client {
+	t.Helper()
+	conn, err := net.Dial("unix", socket)
 	if err != nil {
-		p.t.Fatal(err)
+		t.Fatal(err)
 	}
 	client := ttrpc.NewClient(conn)
-	p.t.Cleanup(func() { client.Close() })
+	t.Cleanup(func() { client.Close() })
 	return client
 }
 
@@ -282,16 +287,21 @@ type clientStream struct {
 
 func (p *pod) open(id string) *clientStream {
 	p.t.Helper()
-	s := &clientStream{t: p.t, client: p.dial()}
+	return openStream(testContext(p.t), p.t, p.socket, id)
+}
+
+func openStream(ctx context.Context, t testing.TB, socket, id string) *clientStream {
+	t.Helper()
+	s := &clientStream{t: t, client: dial(t, socket)}
 	var err error
-	s.TTRPCStreaming_StreamClient, err = streaming.NewTTRPCStreamingClient(s.client).Stream(testContext(p.t))
+	s.TTRPCStreaming_StreamClient, err = streaming.NewTTRPCStreamingClient(s.client).Stream(ctx)
 	if err != nil {
-		p.t.Fatal(err)
+		t.Fatal(err)
 	}
 	s.send(&streaming.StreamInit{ID: id})
 	ack, err := s.Recv()
 	if err != nil || ack.TypeUrl != "google.protobuf.Empty" {
-		p.t.Fatalf("acknowledgement %v, %v", ack, err)
+		t.Fatalf("acknowledgement %v, %v", ack, err)
 	}
 	return s
 }

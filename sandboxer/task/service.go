@@ -337,11 +337,11 @@ func (s *Service) resizePty(ctx context.Context, r *task.ResizePtyRequest) (*emp
 	return &emptypb.Empty{}, s.set.ResizePty(ctx, r.GetID(), r.GetExecID(), r.GetWidth(), r.GetHeight())
 }
 
-func (s *Service) closeIO(_ context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
+func (s *Service) closeIO(ctx context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
 	if err := checkIDs(r.GetID(), r.GetExecID()); err != nil {
 		return nil, err
 	}
-	return &emptypb.Empty{}, s.set.CloseIO(r.GetID(), r.GetExecID(), r.GetStdin())
+	return &emptypb.Empty{}, s.set.CloseIO(ctx, r.GetID(), r.GetExecID(), r.GetStdin())
 }
 
 func (s *Service) update(ctx context.Context, r *task.UpdateTaskRequest) (*emptypb.Empty, error) {

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/api/types/transfer"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -102,8 +103,9 @@ func (st *stream) begin(f frame) error {
 func (c *connection) takeData(f frame) (run func()) {
 	st := c.stream
 	if st == nil || st.id != f.stream || st.over {
-		if f.at >= c.seen {
-			c.respond(f.stream, &ttrpc.Response{Status: statusOf(fmt.Errorf("stream %d is not open: %w", f.stream, errdefs.ErrInvalidArgument)).Proto()})
+		// A client that tops up its window while its stream ends is not told off for it.
+		if f.stream > c.last {
+			c.refuse(f.stream, codes.InvalidArgument, "stream %d is not open", f.stream)
 		}
 		return nil
 	}
