@@ -194,10 +194,10 @@ func (s *Store) Names(prefix string) []string {
 	return names
 }
 
-// Sweep forgets what an earlier daemon has left and nobody has taken: its owners are gone. It is
-// called after the recovery.
-func (s *Store) Sweep() {
-	names := s.Names("")
+// Sweep forgets what an earlier daemon has left and nobody has taken, but for what keep wants: the
+// owners are gone. It is called after the recovery.
+func (s *Store) Sweep(keep func(name string) bool) {
+	names := slices.DeleteFunc(s.Names(""), keep)
 	if len(names) == 0 {
 		return
 	}

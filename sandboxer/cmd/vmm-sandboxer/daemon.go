@@ -19,6 +19,7 @@ import (
 	"kuasar.io/kuasar/guest/protocol/version"
 	"kuasar.io/kuasar/sandboxer/config"
 	"kuasar.io/kuasar/sandboxer/controller"
+	"kuasar.io/kuasar/sandboxer/handover"
 	"kuasar.io/kuasar/sandboxer/metrics"
 	"kuasar.io/kuasar/sandboxer/pod"
 )
@@ -43,15 +44,24 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		return err
 	}
 	defer lock.Close()
+	store := handover.Open(log)
+	if !store.Lasting() {
+		log.Warn("no service manager keeps descriptors for this daemon: when it restarts, the pods live on, " +
+			"but their clients' connections break, and engines report running containers as exited; run it as kuasar-vmm.service")
+	}
+	sockets := listeners{store: store, log: log}
 	// Before anything is touched: is another daemon serving there?
-	if err := checkSocket(s.listen); err != nil {
-		return err
+	l := sockets.kept(apiOwner, s.listen)
+	if l == nil {
+		if err := checkSocket(s.listen); err != nil {
+			return err
+		}
 	}
 	bootID, err := pod.BootID()
 	if err != nil {
 		return err
 	}
-	rt, err := newRuntime(cfg, dir, log)
+	rt, err := newRuntime(cfg, dir, store, log)
 	if err != nil {
 		return err
 	}
@@ -82,9 +92,11 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		_ = os.Remove(metricsPath)
 	}()
 	go serveMetrics(counters, registry)
-	l, err := listen(s.listen)
-	if err != nil {
-		return err
+	store.Sweep(func(name string) bool { return belongsToPod(dir, name) })
+	if l == nil {
+		if l, err = sockets.listen(apiOwner, s.listen, listen); err != nil {
+			return err
+		}
 	}
 	server := controller.NewServer(controller.New(manager, log))
 	served := make(chan error, 1)
@@ -108,9 +120,14 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 	// First the connections, so that no call gets an answer that would end a pod at the client.
 	server.Close()
 	manager.Close()
-	_ = os.Remove(s.listen)
+	if !store.Lasting() {
+		_ = os.Remove(s.listen)
+	}
 	return err
 }
+
+// apiOwner owns the listener of the sandbox API. No pod has this id.
+const apiOwner = "."
 
 // metricsSocket, in the base directory, yields the daemon's counters in Prometheus' text format to
 // whoever connects. Its name cannot be a pod's.

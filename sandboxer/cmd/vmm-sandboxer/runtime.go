@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os/exec"
@@ -17,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/guest/protocol"
-	"kuasar.io/kuasar/sandboxer/cgroup"
 	"kuasar.io/kuasar/sandboxer/config"
 	"kuasar.io/kuasar/sandboxer/container"
 	"kuasar.io/kuasar/sandboxer/guestlink"
+	"kuasar.io/kuasar/sandboxer/handover"
 	"kuasar.io/kuasar/sandboxer/network"
 	"kuasar.io/kuasar/sandboxer/pod"
 	"kuasar.io/kuasar/sandboxer/storage"
@@ -30,11 +29,13 @@ import (
 )
 
 // newRuntime joins the parts that pods are made of.
-func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, error) {
+func newRuntime(cfg *config.Config, dir string, store *handover.Store, log *slog.Logger) (pod.Runtime, error) {
 	driver, err := newDriver(cfg, dir, log)
 	if err != nil {
 		return pod.Runtime{}, err
 	}
+	sockets := listeners{store: store, log: log}
+	cgroups := cgroups{owner: dir}
 	rt := pod.Runtime{
 		Driver:   driver,
 		OpenLink: guestlink.Open,
@@ -58,12 +59,19 @@ func newRuntime(cfg *config.Config, dir string, log *slog.Logger) (pod.Runtime, 
 		OpenShare:   func(dir string) (pod.Share, error) { return orNil[pod.Share](storage.OpenShare(dir)) },
 		RemoveShare: storage.RemoveShare,
 
-		NewCgroup: func(parent, name string) (pod.Cgroup, error) {
-			return orNil[pod.Cgroup](cgroup.New(parent, name))
-		},
-		LoadCgroup: loadCgroup,
+		NewCgroup:  cgroups.make,
+		LoadCgroup: cgroups.load,
+		Cgroups:    cgroups.list,
 
-		NewContainers: newContainers,
+		NewContainers: func(c pod.ContainersConfig) (pod.Containers, error) { return newContainers(c, store) },
+
+		Listen: func(podID, path string) (net.Listener, error) {
+			return sockets.listen(podID, path, pod.ListenUnix)
+		},
+		Unlisten: func(podID string) error {
+			sockets.forget(podID)
+			return nil
+		},
 	}
 	if err := unix.Access(pod.VsockDevice, unix.R_OK|unix.W_OK); err == nil {
 		rt.Vsock = pod.ClaimVsock
@@ -133,21 +141,6 @@ func shareType(params string) (string, error) {
 	return "", fmt.Errorf("hypervisor.kernel_params: %s=%s: want %s or %s", protocol.ParamShareType, asked, virtiofs, nineP)
 }
 
-// loadCgroup finds a pod's leaf. One that is missing may be there in part, because the daemon was
-// killed while it made or removed it, so it is made whole: Delete then finds all of it.
-//
-// Without a parent it is looked for everywhere: the journal that named the parent may be lost.
-func loadCgroup(parent, name string) (pod.Cgroup, error) {
-	g, err := cgroup.Load(parent, name)
-	if errors.Is(err, fs.ErrNotExist) && parent == "" {
-		g, err = cgroup.Find(name)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		g, err = cgroup.New(parent, name)
-	}
-	return orNil[pod.Cgroup](g, err)
-}
-
 // newDriver chooses the driver by what the hypervisor's binary says of itself. Another hypervisor
 // is another case here.
 func newDriver(cfg *config.Config, dir string, log *slog.Logger) (vm.Driver, error) {
@@ -199,18 +192,17 @@ func (d virtiofsd) Saved() (json.RawMessage, error) { return json.Marshal(d.Daem
 type containers struct {
 	*container.Set
 	server *task.Server
-	log    *slog.Logger
 }
 
 var _ container.Guest = (*pod.Guest)(nil)
 
-func newContainers(c pod.ContainersConfig) (pod.Containers, error) {
+func newContainers(c pod.ContainersConfig, store *handover.Store) (pod.Containers, error) {
 	var share container.Storage = noStorage{}
 	if s, ok := c.Share.(*storage.Share); ok {
 		share = s
 	}
 	set := container.NewSet(container.Options{
-		PodID: c.PodID, Guest: c.Guest, Storage: share, SharedPID: c.SharedPID,
+		PodID: c.PodID, Guest: c.Guest, Storage: share, SharedPID: c.SharedPID, Store: store,
 		Journal: func(records []container.Record) {
 			b, err := json.Marshal(records)
 			if err != nil {
@@ -221,20 +213,24 @@ func newContainers(c pod.ContainersConfig) (pod.Containers, error) {
 		},
 		Fail: c.Fail, Log: c.Log,
 	})
+	server := task.NewServer(task.Options{Set: set, Address: c.Address, PodID: c.PodID, Store: store, Log: c.Log})
+	made := &containers{Set: set, server: server}
+	ctx, cancel := context.WithTimeout(context.Background(), restoreLimit)
+	defer cancel()
+	// Before the containers, which look for their streams among the connections.
+	if err := server.Adopt(ctx); err != nil {
+		return nil, errors.Join(err, made.Close())
+	}
 	if c.Records != nil {
 		var records []container.Record
 		if err := json.Unmarshal(c.Records, &records); err != nil {
-			set.Close()
-			return nil, fmt.Errorf("cannot decode the containers' records: %w", err)
+			return nil, errors.Join(fmt.Errorf("cannot decode the containers' records: %w", err), made.Close())
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), restoreLimit)
-		defer cancel()
 		if err := set.Restore(ctx, records); err != nil {
-			set.Close()
-			return nil, fmt.Errorf("cannot restore the containers: %w", err)
+			return nil, errors.Join(fmt.Errorf("cannot restore the containers: %w", err), made.Close())
 		}
 	}
-	return &containers{Set: set, server: task.NewServer(set, c.Address, c.Log), log: c.Log}, nil
+	return made, nil
 }
 
 // restoreLimit bounds how long a guest may take to tell a new daemon about its containers.
@@ -253,8 +249,13 @@ func (c *containers) Close() error {
 	return err
 }
 
-// HandOver drops the clients as Close does: nothing keeps their connections yet.
-func (c *containers) HandOver() error { return c.Close() }
+// HandOver stops the clients' calls before the containers' streams: what a call under way still does
+// is in the last records.
+func (c *containers) HandOver() error {
+	c.server.HandOver()
+	c.Set.HandOver()
+	return nil
+}
 
 // noStorage is the storage of a pod whose machine, and with it its share, is gone.
 type noStorage struct{}
