@@ -169,7 +169,9 @@ type Set struct {
 	life    context.Context // ends with GuestGone or Close
 	end     context.CancelCauseFunc
 	violate sync.Once
+	shelf   *shelf
 	streams streamTable
+	making  sync.WaitGroup // Create and Exec calls; added to with mu held and before the end of life
 
 	killGrace time.Duration
 
@@ -177,6 +179,7 @@ type Set struct {
 
 	mu         sync.Mutex
 	containers map[string]*container
+	deletions  []deletion // the oldest first
 	lastPID    uint32
 	gone       bool
 }
@@ -206,8 +209,10 @@ type process struct {
 	status   Status
 	ready    bool // the guest has created it
 	starting bool
+	started  bool // the guest said so; its status may not show it yet
 	deleting bool
 	exit     Exit
+	ended    *Exit // as exit, but before the client's streams have seen their end
 
 	finishing sync.Once
 	exited    chan struct{} // closed after status became Stopped
@@ -233,6 +238,11 @@ func NewSet(opts Options) *Set {
 		containers: map[string]*container{},
 		lastPID:    firstPID - 1,
 		killGrace:  killGrace,
+	}
+	s.shelf = newShelf(opts.Store, opts.PodID)
+	s.streams.shelf, s.streams.restored = s.shelf, make(chan struct{})
+	if !s.shelf.inherited() {
+		s.streams.allRestored() // there is nothing that Restore would be called for
 	}
 	s.life, s.end = context.WithCancelCause(context.Background())
 	return s
@@ -330,6 +340,11 @@ func (s *Set) Pids(id string) ([]uint32, error) {
 func (s *Set) Wait(ctx context.Context, id, execID string) (Exit, error) {
 	p, err := s.lookup(id, execID)
 	if err != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if d, ok := s.deleted(id, execID); ok && replayed(ctx) {
+			return d.exit, nil
+		}
 		return Exit{}, err
 	}
 	select {
@@ -342,10 +357,17 @@ func (s *Set) Wait(ctx context.Context, id, execID string) (Exit, error) {
 	}
 }
 
+// ran tells whether a process has been started. Set.mu is held.
+func (p *process) ran() bool { return p.started || p.status != Created }
+
 // Start runs a created process.
 func (s *Set) Start(ctx context.Context, id, execID string) (pid uint32, err error) {
 	s.mu.Lock()
 	p, err := s.find(id, execID)
+	if err == nil && replayed(ctx) && p.ran() {
+		defer s.mu.Unlock()
+		return p.pid, nil
+	}
 	if err == nil {
 		switch {
 		case p.starting || p.deleting || p.status != Created:
@@ -391,7 +413,7 @@ func (s *Set) Kill(ctx context.Context, id, execID string, signal uint32, all bo
 	}
 	s.mu.Unlock()
 	if err != nil {
-		return err
+		return gone(ctx, err)
 	}
 	if signal == 9 {
 		// Whatever the guest answers: nothing may hold up the end of a process that was told to
@@ -402,9 +424,18 @@ func (s *Set) Kill(ctx context.Context, id, execID string, signal uint32, all bo
 	defer cancel()
 	_, err = s.opts.Guest.Task().Kill(ctx, &task.KillRequest{ID: id, ExecID: execID, Signal: signal, All: all})
 	if err != nil {
-		return s.guestError(ctx, fmt.Sprintf("send signal %d to %v", signal, p), err)
+		return gone(ctx, s.guestError(ctx, fmt.Sprintf("send signal %d to %v", signal, p), err))
 	}
 	return nil
+}
+
+// gone takes NotFound for an answer to a call that was done before: what it was about has ended
+// since. Replay says what else is no error.
+func gone(ctx context.Context, err error) error {
+	if replayed(ctx) && errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
 }
 
 // Pause freezes a running container.
@@ -426,17 +457,21 @@ func (s *Set) Resume(ctx context.Context, id string) error {
 func (s *Set) freeze(ctx context.Context, id, verb string, from, to Status, call func(context.Context) error) error {
 	s.mu.Lock()
 	p, err := s.find(id, "")
+	if err == nil && replayed(ctx) && (p.status == to || p.status == Stopped) {
+		s.mu.Unlock()
+		return nil
+	}
 	if err == nil && p.status != from {
 		err = fmt.Errorf("cannot %s %v: it is %v: %w", verb, p, p.status, errdefs.ErrFailedPrecondition)
 	}
 	s.mu.Unlock()
 	if err != nil {
-		return err
+		return gone(ctx, err)
 	}
 	ctx, cancel := s.operation(ctx, controlLimit)
 	defer cancel()
 	if err := call(ctx); err != nil {
-		return s.guestError(ctx, fmt.Sprintf("%s %v", verb, p), err)
+		return gone(ctx, s.guestError(ctx, fmt.Sprintf("%s %v", verb, p), err))
 	}
 	s.mu.Lock()
 	if p.status == from {
@@ -455,7 +490,7 @@ func (s *Set) ResizePty(ctx context.Context, id, execID string, width, height ui
 	}
 	p, err := s.lookup(id, execID)
 	if err != nil {
-		return err
+		return gone(ctx, err)
 	}
 	if !p.io.client.Terminal {
 		return fmt.Errorf("cannot resize %v: it has no terminal: %w", p, errdefs.ErrFailedPrecondition)
@@ -464,19 +499,19 @@ func (s *Set) ResizePty(ctx context.Context, id, execID string, width, height ui
 	defer cancel()
 	_, err = s.opts.Guest.Task().ResizePty(ctx, &task.ResizePtyRequest{ID: id, ExecID: execID, Width: width, Height: height})
 	if err != nil {
-		return s.guestError(ctx, fmt.Sprintf("resize the terminal of %v", p), err)
+		return gone(ctx, s.guestError(ctx, fmt.Sprintf("resize the terminal of %v", p), err))
 	}
 	return nil
 }
 
 // CloseIO ends the standard input of a process after what the client has written.
-func (s *Set) CloseIO(id, execID string, stdin bool) error {
+func (s *Set) CloseIO(ctx context.Context, id, execID string, stdin bool) error {
 	p, err := s.lookup(id, execID)
 	if err != nil {
-		return err
+		return gone(ctx, err)
 	}
-	if stdin {
-		p.io.closeStdin()
+	if stdin && p.io.closeStdin() {
+		s.journal()
 	}
 	return nil
 }
@@ -489,6 +524,10 @@ func (s *Set) Delete(ctx context.Context, id, execID string) (State, error) {
 	}
 	s.mu.Lock()
 	p, err := s.find(id, execID)
+	if d, ok := s.deleted(id, execID); err != nil && ok && replayed(ctx) {
+		s.mu.Unlock()
+		return State{ID: id, ExecID: execID, Bundle: d.bundle, PID: d.pid, Status: Stopped, Exit: d.exit}, nil
+	}
 	if err == nil {
 		switch {
 		case p.deleting:
@@ -549,6 +588,7 @@ func (s *Set) deleteExec(p *process) {
 	p.io.close()
 	s.mu.Lock()
 	delete(p.container.execs, p.execID)
+	s.remember(p)
 	s.mu.Unlock()
 }
 
@@ -569,6 +609,7 @@ func (s *Set) deleteContainer(c *container) error {
 	}
 	s.mu.Lock()
 	delete(s.containers, c.id)
+	s.remember(c.init)
 	s.mu.Unlock()
 	return nil
 }
@@ -664,8 +705,12 @@ func (s *Set) clamp(t, born time.Time) time.Time {
 }
 
 // finish ends a process: its streams first, so that whoever learns of the exit finds their end.
-// The first call decides how it ended; abrupt calls do not wait for output of the guest.
+// The first call decides how it ended; abrupt calls do not wait for output of the guest, nor long for
+// the client. Between HandOver and the end of the daemon a process does not end.
 func (s *Set) finish(p *process, exit Exit, abrupt bool) {
+	if abrupt {
+		p.io.abandonAfter(goneGrace) // also for a call that waits for the client
+	}
 	p.finishing.Do(func() {
 		p.unwatch()
 		if p.execID == "" && exit.Status == ExitLost && !abrupt {
@@ -673,15 +718,20 @@ func (s *Set) finish(p *process, exit Exit, abrupt bool) {
 		}
 		if abrupt {
 			p.io.cut(goneGrace)
-		} else {
-			p.io.drain(drainLimit)
+		} else if !p.io.drain(drainLimit) {
+			return
 		}
+		// Recorded before the client's streams end: another daemon must not look for their rest.
+		s.mu.Lock()
+		p.ended = &exit
+		s.mu.Unlock()
+		s.journal()
+		p.io.cut(0)
 		s.mu.Lock()
 		p.status = Stopped
 		p.exit = exit
 		s.mu.Unlock()
 		close(p.exited)
-		s.journal()
 	})
 }
 
@@ -737,15 +787,46 @@ func (s *Set) GuestGone(exit time.Time) {
 	}
 }
 
-// Close is HandOver for a pod that is forgotten: it also gives up what Options.Store keeps of it.
-func (s *Set) Close() { s.HandOver() }
+// Close forgets the containers with their pod: all streams end, and what Options.Store keeps of them
+// goes. Nothing is asked of the guest, nothing is journalled.
+func (s *Set) Close() {
+	for _, p := range s.quit() {
+		p.io.close()
+	}
+	s.shelf.clear()
+}
 
 // HandOver lets go of the guest and of all clients' streams without ending any process, as another
 // daemon is to go on. The records of a last call of Journal, and Options.Store, say where the streams
 // are.
 func (s *Set) HandOver() {
+	s.shelf.left.Store(true)
+	var wg sync.WaitGroup
+	for _, p := range s.quit() {
+		wg.Go(p.io.detach)
+	}
+	wg.Wait()
+	s.journal()
+}
+
+// quit ends all work and returns the processes.
+func (s *Set) quit() []*process {
 	s.end(fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable))
 	s.mu.Lock()
+	// From here on no process is added.
+	s.mu.Unlock() //nolint:staticcheck // what is under way with the lock held comes first
+	made := make(chan struct{})
+	go func() {
+		s.making.Wait()
+		close(made)
+	}()
+	select {
+	case <-made:
+	case <-time.After(cleanUpLimit):
+		s.log.Warn("a process that is being created is left behind")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var all []*process
 	for _, c := range s.containers {
 		if c.init.ready {
@@ -757,11 +838,7 @@ func (s *Set) HandOver() {
 			}
 		}
 	}
-	s.mu.Unlock()
-	for _, p := range all {
-		p.io.detach()
-	}
-	s.journal()
+	return all
 }
 
 // operation bounds a call to the guest by the caller, by time, and by the guest's life.

@@ -97,7 +97,8 @@ func TestLifecycle(t *testing.T) {
 	if held := p.storage.holds("c1"); held != nil {
 		t.Errorf("storage is left: %v", held)
 	}
-	if p.guest.Known("c1") || p.Len() != 0 || len(p.journalled()) != 0 {
+	left := p.journalled()
+	if p.guest.Known("c1") || p.Len() != 0 || len(left) != 1 || !left[0].Processes[0].Deleted {
 		t.Error("something remembers the container")
 	}
 	if got := p.failures(); got != nil {
@@ -116,7 +117,7 @@ func TestUnknown(t *testing.T) {
 		"Kill":   func(id, e string) error { return p.Kill(ctx, id, e, 15, false) },
 		"Delete": func(id, e string) error { _, err := p.Delete(ctx, id, e); return err },
 		"Resize": func(id, e string) error { return p.ResizePty(ctx, id, e, 1, 1) },
-		"Close":  func(id, e string) error { return p.CloseIO(id, e, true) },
+		"Close":  func(id, e string) error { return p.CloseIO(t.Context(), id, e, true) },
 	}
 	for name, call := range calls {
 		if err := call("nope", ""); !errdefs.IsNotFound(err) {
@@ -386,7 +387,7 @@ func TestBrokenStreams(t *testing.T) {
 // exit waits.
 func TestClientRestart(t *testing.T) {
 	p := newPod(t)
-	want := bytes.Repeat([]byte("0123456789abcde\n"), 160<<10/16)
+	want := bytes.Repeat([]byte("0123456789abcde\n"), 400<<10/16)
 	wrote := make(chan struct{})
 	p.guest.Programs["burst"] = func(_ context.Context, pr *guesttest.Process) uint32 {
 		pr.Stdout.Write(want)
@@ -431,7 +432,7 @@ func TestKilledWithStuckClient(t *testing.T) {
 	p.Set.killGrace = 10 * time.Millisecond
 	full := make(chan struct{})
 	p.guest.Programs["yes"] = func(ctx context.Context, pr *guesttest.Process) uint32 {
-		pr.Stdout.Write(make([]byte, 160<<10))
+		pr.Stdout.Write(make([]byte, 400<<10))
 		close(full)
 		<-ctx.Done()
 		return 0
@@ -515,7 +516,7 @@ func TestContainerInput(t *testing.T) {
 	f.in.Close()
 	f.open(t)
 	f.in.WriteString("two")
-	if err := p.CloseIO("c1", "", true); err != nil {
+	if err := p.CloseIO(t.Context(), "c1", "", true); err != nil {
 		t.Fatal(err)
 	}
 	p.wait("c1", "")
@@ -568,7 +569,7 @@ func TestTerminal(t *testing.T) {
 	f.collecting.Go(func() { io.Copy(&f.stdout, f.out) })
 	p.start("c1", "")
 	f.in.WriteString("typed")
-	p.CloseIO("c1", "", true)
+	p.CloseIO(t.Context(), "c1", "", true)
 	p.wait("c1", "")
 	f.ends(t)
 	if f.stdout.String() != "typed" {
@@ -976,7 +977,7 @@ func TestRestore(t *testing.T) {
 	}
 	f.out.SetReadDeadline(time.Time{})
 	st, _ := p.State("c1", "")
-	p.Set.Close()
+	p.Set.HandOver()
 
 	records := p.journalled()
 	next := &pod{t: t, guest: p.guest, storage: p.storage}
@@ -1022,7 +1023,7 @@ func TestRestoreLies(t *testing.T) {
 	p := newPod(t)
 	p.run("c1", IO{}, "sleep")
 	records := p.journalled()
-	p.Set.Close()
+	p.Set.HandOver()
 	next := &pod{t: t, guest: p.guest, storage: p.storage}
 	opts := next.options()
 	opts.Guest = liar{p.guest}
@@ -1054,7 +1055,7 @@ func (l lyingTask) State(ctx context.Context, r *task.StateRequest) (*task.State
 // get counts as not consumed.
 func TestCloseKeepsUnread(t *testing.T) {
 	p := newPod(t)
-	want := bytes.Repeat([]byte("0123456789abcde\n"), 160<<10/16)
+	want := bytes.Repeat([]byte("0123456789abcde\n"), 400<<10/16)
 	full := make(chan struct{})
 	p.guest.Programs["burst"] = func(_ context.Context, pr *guesttest.Process) uint32 {
 		pr.Stdout.Write(want)
@@ -1064,7 +1065,7 @@ func TestCloseKeepsUnread(t *testing.T) {
 	f := newFIFOs(t, false)
 	p.run("c1", f.IO, "burst")
 	<-full
-	p.Set.Close()
+	p.Set.HandOver()
 	// The client reads what it has got before the next daemon comes, and goes on after it.
 	got := make([]byte, 0, len(want))
 	chunk := make([]byte, 4096)
@@ -1160,7 +1161,7 @@ func TestRestoreAfterKill(t *testing.T) {
 		return strings.TrimSuffix(string(got), text)
 	}
 	say("before")
-	p.Set.Close()
+	p.Set.HandOver()
 	next := &pod{t: t, guest: p.guest, storage: p.storage}
 	next.Set = NewSet(next.options())
 	defer next.Set.Close()
@@ -1171,7 +1172,7 @@ func TestRestoreAfterKill(t *testing.T) {
 	if again := say("after"); again != "" && again != "before" {
 		t.Errorf("%q came, too", again)
 	}
-	next.CloseIO("c1", "", true)
+	next.CloseIO(t.Context(), "c1", "", true)
 	if exit := next.wait("c1", ""); exit.Status != 0 {
 		t.Errorf("exit status %d", exit.Status)
 	}

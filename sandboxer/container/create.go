@@ -48,16 +48,20 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 		return 0, fmt.Errorf("rootfs: container %s has none: %w", req.ID, errdefs.ErrInvalidArgument)
 	}
 	log := s.log.With("container", req.ID)
-	streams, err := newStdio(req.IO, &s.streams, log)
+	streams, err := s.newStdio(req.IO, req.ID, "", log)
 	if err != nil {
 		return 0, err
 	}
 	ctx, cancel := s.operation(ctx, createTimeout)
 	defer cancel()
 
+	replay := replayed(ctx)
 	s.mu.Lock()
-	if s.containers[req.ID] != nil {
-		s.mu.Unlock()
+	if c := s.containers[req.ID]; c != nil {
+		defer s.mu.Unlock()
+		if replay && c.init.ready {
+			return c.init.pid, nil
+		}
 		return 0, fmt.Errorf("container %s: %w", req.ID, errdefs.ErrAlreadyExists)
 	}
 	if s.life.Err() != nil {
@@ -71,6 +75,8 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 	c.init = s.newProcess(c, "")
 	c.init.io = streams
 	s.containers[req.ID] = c
+	s.making.Add(1)
+	defer s.making.Done()
 	s.mu.Unlock()
 
 	// What was made is undone in reverse when anything fails.
@@ -87,6 +93,13 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 		}
 		close(c.creating)
 	}()
+	if replay {
+		// What an earlier daemon did of it.
+		s.purge(req.ID)
+		if err := s.opts.Storage.Release(req.ID); err != nil {
+			return 0, fmt.Errorf("cannot create container %s: cannot release the storage of the first attempt: %w", req.ID, err)
+		}
+	}
 
 	undo = append(undo, streams.close)
 	if err := streams.open(true); err != nil {
@@ -121,7 +134,7 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 	if err != nil {
 		return 0, s.streamError(ctx, "create container "+req.ID, err)
 	}
-	streams.pump(s.streamViolation)
+	streams.pumpOutput(s.streamViolation)
 
 	stdin, stdout, stderr := streams.guestNames()
 	answer, err := s.opts.Guest.Task().Create(ctx, &task.CreateTaskRequest{
@@ -136,6 +149,7 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 	if err := s.admit(c.init); err != nil {
 		return 0, fmt.Errorf("cannot create container %s: %w", req.ID, err)
 	}
+	streams.pumpInput(s.streamViolation, s.journal)
 	return c.init.pid, nil
 }
 
@@ -157,20 +171,33 @@ func (s *Set) Exec(ctx context.Context, req ExecRequest) (err error) {
 		return err
 	}
 	log := s.log.With("container", req.ID, "exec", req.ExecID)
-	streams, err := newStdio(req.IO, &s.streams, log)
+	streams, err := s.newStdio(req.IO, req.ID, req.ExecID, log)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := s.operation(ctx, createTimeout)
 	defer cancel()
 
+	replay := replayed(ctx)
 	s.mu.Lock()
+	if p, err := s.find(req.ID, req.ExecID); err == nil && replay {
+		s.log.Debug("an earlier daemon has made it", "process", p.String())
+		s.mu.Unlock()
+		return nil
+	}
 	p, err := s.addExec(req, streams)
 	s.mu.Unlock()
 	if err != nil {
 		return err
 	}
+	defer s.making.Done()
 	what := fmt.Sprintf("create %v", p)
+	forget := func() {
+		s.askGuest(fmt.Sprintf("delete %v", p), func(ctx context.Context) error {
+			_, err := s.opts.Guest.Task().Delete(ctx, &task.DeleteRequest{ID: req.ID, ExecID: req.ExecID})
+			return err
+		})
+	}
 	asked := false
 	defer func() {
 		if err == nil {
@@ -178,10 +205,7 @@ func (s *Set) Exec(ctx context.Context, req ExecRequest) (err error) {
 		}
 		cancel()
 		if asked {
-			s.askGuest(fmt.Sprintf("delete %v", p), func(ctx context.Context) error {
-				_, err := s.opts.Guest.Task().Delete(ctx, &task.DeleteRequest{ID: req.ID, ExecID: req.ExecID})
-				return err
-			})
+			forget()
 		}
 		streams.close()
 		p.unwatch()
@@ -189,6 +213,9 @@ func (s *Set) Exec(ctx context.Context, req ExecRequest) (err error) {
 		delete(p.container.execs, req.ExecID)
 		s.mu.Unlock()
 	}()
+	if replay {
+		forget() // what an earlier daemon did of it
+	}
 	// The end of an exec's input is the end of the client's FIFO: unlike a container, it does not
 	// outlive its client.
 	if err := streams.open(false); err != nil {
@@ -197,7 +224,7 @@ func (s *Set) Exec(ctx context.Context, req ExecRequest) (err error) {
 	if err := streams.connect(ctx, s.dial); err != nil {
 		return s.streamError(ctx, what, err)
 	}
-	streams.pump(s.streamViolation)
+	streams.pumpOutput(s.streamViolation)
 	stdin, stdout, stderr := streams.guestNames()
 	asked = true
 	_, err = s.opts.Guest.Task().Exec(ctx, &task.ExecProcessRequest{
@@ -210,10 +237,11 @@ func (s *Set) Exec(ctx context.Context, req ExecRequest) (err error) {
 	if err := s.admit(p); err != nil {
 		return fmt.Errorf("cannot %s: %w", what, err)
 	}
+	streams.pumpInput(s.streamViolation, s.journal)
 	return nil
 }
 
-// addExec adds a process that nobody can find yet. s.mu is held.
+// addExec adds a process that nobody can find yet, and to s.making. s.mu is held.
 func (s *Set) addExec(req ExecRequest, streams *stdio) (*process, error) {
 	first, err := s.find(req.ID, "")
 	if err != nil {
@@ -221,6 +249,8 @@ func (s *Set) addExec(req ExecRequest, streams *stdio) (*process, error) {
 	}
 	c := first.container
 	switch {
+	case s.life.Err() != nil:
+		return nil, fmt.Errorf("cannot create a process in container %s: %w", c.id, context.Cause(s.life))
 	case c.execs[req.ExecID] != nil:
 		return nil, fmt.Errorf("%v: %w", c.execs[req.ExecID], errdefs.ErrAlreadyExists)
 	case first.deleting || first.status == Stopped:
@@ -229,6 +259,7 @@ func (s *Set) addExec(req ExecRequest, streams *stdio) (*process, error) {
 	p := s.newProcess(c, req.ExecID)
 	p.io = streams
 	c.execs[req.ExecID] = p
+	s.making.Add(1)
 	return p, nil
 }
 

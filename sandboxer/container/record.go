@@ -36,9 +36,60 @@ type ProcessRecord struct {
 	IO       IO        `json:"io"`
 	Token    string    `json:"token"`
 	Consumed []uint64  `json:"consumed,omitempty"` // bytes of each output, as far as known
+	// InputEnded says that the standard input ends after what the client has written.
+	InputEnded bool `json:"inputEnded,omitempty"`
+	// Deleted says that the process is no more, with its container if it was the first one: all that
+	// is left is how it ended, for a client that has asked and got no answer.
+	Deleted bool `json:"deleted,omitempty"`
 }
 
-// Records describes all containers that are not just being created, in the order of their ids.
+// Deletions are remembered for as long as the answer to a client may be on its way.
+const (
+	maxDeletions = 64
+	deletionAge  = 10 * time.Second
+)
+
+// deletion is what is left of a process.
+type deletion struct {
+	id, execID, bundle string
+	pid                uint32
+	exit               Exit
+	at                 time.Time // monotonic
+}
+
+// remember keeps what is left of a process. s.mu is held.
+func (s *Set) remember(p *process) {
+	s.deletions = append(s.deletions, deletion{
+		id: p.container.id, execID: p.execID, bundle: p.container.bundle, pid: p.pid, exit: p.exit, at: time.Now(),
+	})
+	s.prune()
+}
+
+// prune forgets old deletions. s.mu is held.
+func (s *Set) prune() {
+	drop := max(0, len(s.deletions)-maxDeletions)
+	for drop < len(s.deletions) && time.Since(s.deletions[drop].at) > deletionAge {
+		drop++
+	}
+	s.deletions = slices.Delete(s.deletions, 0, drop)
+}
+
+// deleted finds the last deletion of a process. s.mu is held.
+func (s *Set) deleted(id, execID string) (deletion, bool) {
+	for _, d := range slices.Backward(s.deletions) {
+		if d.id == id && d.execID == execID {
+			return d, true
+		}
+	}
+	return deletion{}, false
+}
+
+func (d deletion) record() ProcessRecord {
+	return ProcessRecord{ExecID: d.execID, PID: d.pid, Status: Stopped, Exit: d.exit, Deleted: true}
+}
+
+// Records describes all containers that are not just being created, in the order of their ids. The
+// first process of one that was just deleted is Deleted.
 func (s *Set) Records() []Record {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -56,19 +107,28 @@ func (s *Set) Records() []Record {
 		slices.SortFunc(r.Processes, func(a, b ProcessRecord) int { return strings.Compare(a.ExecID, b.ExecID) })
 		records = append(records, r)
 	}
+	s.prune()
+	for _, d := range s.deletions {
+		i := slices.IndexFunc(records, func(r Record) bool { return r.ID == d.id })
+		switch {
+		case i < 0 && d.execID == "":
+			records = append(records, Record{ID: d.id, Bundle: d.bundle, Processes: []ProcessRecord{d.record()}})
+		case i >= 0 && d.execID != "" && !slices.ContainsFunc(records[i].Processes, func(p ProcessRecord) bool { return p.ExecID == d.execID }):
+			records[i].Processes = append(records[i].Processes, d.record())
+		}
+	}
 	slices.SortFunc(records, func(a, b Record) int { return strings.Compare(a.ID, b.ID) })
 	return records
 }
 
 // record is called with Set.mu held.
 func (p *process) record() ProcessRecord {
-	r := ProcessRecord{ExecID: p.execID, PID: p.pid, Status: p.status, Exit: p.exit, Born: p.born, IO: p.io.client, Token: p.io.token}
+	r := ProcessRecord{ExecID: p.execID, PID: p.pid, Status: p.status, Exit: p.exit, Born: p.born, IO: p.io.client, Token: p.io.token, InputEnded: p.io.inputEnded.Load()}
+	if p.ended != nil {
+		r.Status, r.Exit = Stopped, *p.ended
+	}
 	for _, o := range p.io.outputs {
-		consumed := o.offset
-		if o.reader != nil {
-			consumed = o.reader.Offset()
-		}
-		r.Consumed = append(r.Consumed, consumed)
+		r.Consumed = append(r.Consumed, o.position())
 	}
 	return r
 }
@@ -86,9 +146,10 @@ func (s *Set) journal() {
 // Restore takes over what an earlier daemon has recorded. It asks the guest for the state of each
 // process, resumes the streams, and waits for the exits again. A stream that cannot be resumed
 // costs its output, not the container. Records that are not valid are an error; nothing is
-// restored then. It is called once, on an empty Set.
+// restored then. It is called once, on an empty Set, which clients' streams may be served to already.
 func (s *Set) Restore(ctx context.Context, records []Record) error {
 	var all []*process
+	var deletions []deletion
 	containers := map[string]*container{}
 	for _, r := range records {
 		if err := CheckID("id", r.ID); err != nil {
@@ -101,6 +162,11 @@ func (s *Set) Restore(ctx context.Context, records []Record) error {
 		close(c.creating)
 		c.stats.oomKills = r.OOMKills
 		for i, pr := range r.Processes {
+			if pr.Deleted {
+				deletions = append(deletions, deletion{id: r.ID, execID: pr.ExecID, bundle: r.Bundle, pid: pr.PID, exit: pr.Exit, at: time.Now()})
+				s.lastPID = max(s.lastPID, pr.PID)
+				continue
+			}
 			p, err := s.restored(c, pr)
 			if err != nil {
 				return fmt.Errorf("container %s: %w", r.ID, err)
@@ -117,6 +183,9 @@ func (s *Set) Restore(ctx context.Context, records []Record) error {
 			}
 			all = append(all, p)
 		}
+		if c.init == nil && len(r.Processes) > 0 && r.Processes[0].Deleted {
+			continue
+		}
 		if c.init == nil {
 			return fmt.Errorf("container %s is recorded without a process: %w", r.ID, errdefs.ErrInvalidArgument)
 		}
@@ -129,6 +198,7 @@ func (s *Set) Restore(ctx context.Context, records []Record) error {
 	for id, c := range containers {
 		s.containers[id] = c
 	}
+	s.deletions = deletions
 	s.mu.Unlock()
 
 	var wg sync.WaitGroup
@@ -136,6 +206,7 @@ func (s *Set) Restore(ctx context.Context, records []Record) error {
 		wg.Go(func() { s.reattach(ctx, p) })
 	}
 	wg.Wait()
+	s.streams.allRestored()
 	s.journal()
 	return nil
 }
@@ -150,11 +221,12 @@ func (s *Set) restored(c *container, r ProcessRecord) (*process, error) {
 	if r.Status < Created || r.Status > Stopped {
 		return nil, fmt.Errorf("%v is recorded: %w", r.Status, errdefs.ErrInvalidArgument)
 	}
-	streams, err := newStdio(r.IO, &s.streams, s.log.With("container", c.id))
+	streams, err := s.newStdio(r.IO, c.id, r.ExecID, s.log.With("container", c.id))
 	if err != nil {
 		return nil, err
 	}
 	streams.token = r.Token
+	streams.inputEnded.Store(r.InputEnded)
 	for i, o := range streams.outputs {
 		if i < len(r.Consumed) {
 			o.offset = r.Consumed[i]
@@ -178,17 +250,19 @@ func (s *Set) reattach(ctx context.Context, p *process) {
 	s.mu.Lock()
 	ended := p.status == Stopped
 	s.mu.Unlock()
-	if err := p.io.reopen(p.execID == ""); err != nil {
+	if err := p.io.reopen(p.execID == "", ended); err != nil {
 		s.log.Warn("a stream of a client is lost", "process", p.String(), "error", err)
 	}
 	if ended {
-		p.io.cut(0)
+		// Usually there is nothing left to write.
+		p.io.cut(goneGrace)
 		return
 	}
 	ctx, cancel := s.operation(ctx, controlLimit)
 	defer cancel()
 	p.io.resume(ctx, s.dial)
-	p.io.pump(s.streamViolation)
+	p.io.pumpOutput(s.streamViolation)
+	p.io.pumpInput(s.streamViolation, s.journal)
 	answer, err := s.opts.Guest.Task().State(ctx, &task.StateRequest{ID: p.container.id, ExecID: p.execID})
 	switch {
 	case err == nil && (answer.GetID() != p.container.id || answer.GetExecID() != p.execID):
@@ -196,6 +270,8 @@ func (s *Set) reattach(ctx context.Context, p *process) {
 		return
 	case err == nil:
 		s.mu.Lock()
+		// One that has ended meanwhile is Stopped when its output is delivered.
+		p.started = answer.GetStatus() == tasktypes.Status_STOPPED
 		switch answer.GetStatus() {
 		case tasktypes.Status_RUNNING:
 			p.status = Running
@@ -211,22 +287,30 @@ func (s *Set) reattach(ctx context.Context, p *process) {
 	go s.watch(p)
 }
 
-// reopen opens the client's ends again, as far as they are there.
-func (t *stdio) reopen(holdInput bool) error {
+// reopen opens the client's ends again, as far as they are there. Of a process that has ended the
+// input is of no use.
+func (t *stdio) reopen(holdInput, ended bool) error {
 	var errs []error
 	for _, o := range t.outputs {
-		one := &stdio{client: t.client, streams: t.streams, log: t.log, outputs: []*output{o}}
-		if err := one.open(holdInput); err != nil {
-			o.sink = discard{}
+		if err := t.openOutput(o); err != nil {
+			o.sink = discard{o}
 			errs = append(errs, err)
 		}
 	}
-	if t.input != nil {
-		one := &stdio{client: t.client, streams: t.streams, log: t.log, input: t.input}
-		if err := one.open(holdInput); err != nil {
+	if t.input == nil {
+		return errors.Join(errs...)
+	}
+	if ended {
+		t.shelf.niche(t.token, guestio.Stdin).clear()
+		if _, id, _ := parseStream(t.input.name); id == "" {
 			t.input = nil
-			errs = append(errs, err)
+			return errors.Join(errs...)
 		}
+	}
+	if err := t.openInput(holdInput); err != nil {
+		errs = append(errs, err)
+		t.input.close()
+		t.input = nil
 	}
 	return errors.Join(errs...)
 }
@@ -234,23 +318,43 @@ func (t *stdio) reopen(holdInput bool) error {
 // resume opens the streams in the guest again, as far as the guest still has them.
 func (t *stdio) resume(ctx context.Context, dial guestio.Dialer) {
 	for _, o := range t.outputs {
-		one := &stdio{token: t.token, log: t.log, outputs: []*output{o}}
-		if err := one.connect(ctx, dial); err != nil {
+		if err := t.connectOutput(ctx, dial, o); err != nil {
 			t.log.Warn("output cannot be resumed", "stream", o.kind.String(), "error", err)
 		}
 	}
-	if t.input != nil {
-		one := &stdio{token: t.token, log: t.log, input: t.input}
-		if err := one.connect(ctx, dial); err != nil {
-			t.log.Warn("input cannot be resumed", "error", err)
+	if in := t.input; in != nil {
+		if err := t.connectInput(ctx, dial); err != nil {
+			// A process that has read all of its input, or takes no more, is nothing special.
+			if !errors.Is(err, guestio.ErrRefused) {
+				t.log.Warn("input cannot be resumed", "error", err)
+			}
+			in.close()
 		}
 	}
 }
 
+// close frees the client's end of the input.
+func (in *input) close() {
+	if in.source != nil {
+		in.source.finish()
+	}
+	if in.box != nil {
+		in.box.close()
+	}
+}
+
 // discard is the sink of a client that is gone.
-type discard struct{}
+type discard struct{ o *output }
 
 func (discard) Write(p []byte) (int, error) { return len(p), nil }
+func (d discard) position() uint64 {
+	if d.o.reader == nil {
+		return d.o.offset
+	}
+	return d.o.reader.Offset()
+}
+func (discard) resume(uint64)               {}
+func (discard) flush(context.Context) error { return nil }
 func (discard) abandon()                    {}
 func (discard) detach()                     {}
 func (discard) finish()                     {}

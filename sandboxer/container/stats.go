@@ -165,7 +165,7 @@ func (t *statistics) current(id string, status Status) (proto.Message, error) {
 func (s *Set) Update(ctx context.Context, id string, resources []byte) error {
 	p, err := s.lookup(id, "")
 	if err != nil {
-		return err
+		return gone(ctx, err)
 	}
 	clean, err := rewriteResources(resources)
 	if err != nil {
@@ -177,7 +177,7 @@ func (s *Set) Update(ctx context.Context, id string, resources []byte) error {
 		ID: id, Resources: &anypb.Any{TypeUrl: resourcesURL, Value: clean},
 	})
 	if err != nil {
-		return s.guestError(ctx, fmt.Sprintf("update %v", p), err)
+		return gone(ctx, s.guestError(ctx, fmt.Sprintf("update %v", p), err))
 	}
 	return nil
 }

@@ -2,8 +2,6 @@ package container
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -18,8 +16,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
-
 	"kuasar.io/kuasar/guest/protocol"
 	guestio "kuasar.io/kuasar/guest/protocol/stdio"
 )
@@ -27,11 +23,19 @@ import (
 // sink is the client's end of an output stream. Write does not fail because of the client: what it
 // does not take any more is discarded, as the process must not suffer from its client.
 type sink interface {
+	// Write takes output; what it took needs not come again, to this daemon or another.
 	io.Writer
-	// abandon discards from now on, and ends a Write that blocks.
+	// position is the offset in the stream behind what was taken.
+	position() uint64
+	// resume moves the position on, over what cannot be had any more.
+	resume(offset uint64)
+	// flush returns nil when the client has got what was taken, or will not, and an error when ctx
+	// ends before or after detach.
+	flush(ctx context.Context) error
+	// abandon discards from now on, and ends a Write or flush that blocks.
 	abandon()
-	// detach lets go of the client without an end. A Write that blocks, and every later one,
-	// fails, which is the only failure there is: what it could not write was not consumed.
+	// detach leaves the client to another daemon. A Write that blocks, and every later one, fails,
+	// which is the only failure there is: what it could not write was not taken.
 	detach()
 	// finish tells the client that there is no more. Nothing is written after it.
 	finish()
@@ -41,12 +45,14 @@ type sink interface {
 
 // source is the client's end of an input stream.
 type source interface {
-	// next waits for input and passes it to take, which must not keep it. It returns take's
-	// error, or io.EOF at the end of the input, or an error that wraps os.ErrClosed after finish.
-	next(take func([]byte) error) error
-	// end makes next return io.EOF after what the client has written so far.
+	// fill waits for input and puts it into b. It returns io.EOF at the end of the input, or an
+	// error that wraps os.ErrClosed after finish.
+	fill(b *inbox) error
+	// ended says that the end of the input is remembered elsewhere.
+	ended()
+	// end makes fill return io.EOF after what the client has written so far.
 	end()
-	// finish tells the client that nothing is read any more, and ends a next that waits.
+	// finish tells the client that nothing is read any more, and ends a fill that waits.
 	finish()
 	// close frees everything. It may be called at any time, more than once.
 	close()
@@ -54,13 +60,17 @@ type source interface {
 
 // stdio is the standard streams of one process, between its client and the guest.
 type stdio struct {
-	client  IO
-	token   string
-	log     *slog.Logger
-	streams *streamTable
+	client     IO
+	id, execID string
+	token      string
+	log        *slog.Logger
+	streams    *streamTable
+	shelf      *shelf
 
 	outputs []*output
 	input   *input
+	// inputEnded says that the input ends after what is there.
+	inputEnded atomic.Bool
 
 	mu     sync.Mutex
 	grace  *time.Timer
@@ -73,22 +83,32 @@ type output struct {
 	name   string // as the client named it
 	sink   sink
 	reader *guestio.Reader
-	offset uint64        // where to resume
+	offset uint64        // what was recorded of another daemon's
 	done   chan struct{} // closed when the pump has ended; nil before it runs
+}
+
+// position is how much of the stream needs not come again.
+func (o *output) position() uint64 {
+	if o.sink == nil {
+		return o.offset
+	}
+	return o.sink.position()
 }
 
 type input struct {
 	name   string
 	source source
+	box    *inbox
 	writer *guestio.Writer
 	done   chan struct{}
 }
 
 // newStdio checks a client's names. It opens nothing.
-func newStdio(client IO, streams *streamTable, log *slog.Logger) (*stdio, error) {
-	var random [8]byte
-	rand.Read(random[:])
-	t := &stdio{client: client, token: hex.EncodeToString(random[:]), streams: streams, log: log}
+func (s *Set) newStdio(client IO, id, execID string, log *slog.Logger) (*stdio, error) {
+	t := &stdio{
+		client: client, id: id, execID: execID, token: newToken(id, execID), log: log,
+		streams: &s.streams, shelf: s.shelf,
+	}
 	names := []struct {
 		field, name string
 		kind        guestio.Kind
@@ -157,32 +177,55 @@ func (t *stdio) tokenOf(kind guestio.Kind) string { return fmt.Sprintf("%s-%d", 
 // writer goes: then only CloseIO ends it. If it fails, close frees what was opened.
 func (t *stdio) open(holdInput bool) error {
 	for _, o := range t.outputs {
-		path, id, err := parseStream(o.name)
-		if err != nil {
-			return fmt.Errorf("%v: %w", o.kind, err)
-		}
-		if id != "" {
-			o.sink, err = t.streams.claimOutput(id)
-		} else {
-			o.sink, err = openFIFOSink(path, t.log)
-		}
-		if err != nil {
-			return fmt.Errorf("cannot open %v: %w", o.kind, err)
+		if err := t.openOutput(o); err != nil {
+			return err
 		}
 	}
 	if t.input != nil {
-		path, id, err := parseStream(t.input.name)
-		if err != nil {
-			return fmt.Errorf("stdin: %w", err)
+		return t.openInput(holdInput)
+	}
+	return nil
+}
+
+func (t *stdio) openOutput(o *output) error {
+	path, id, err := parseStream(o.name)
+	if err != nil {
+		return fmt.Errorf("%v: %w", o.kind, err)
+	}
+	if id != "" {
+		o.sink, err = t.streams.claimOutput(id, o.offset)
+	} else {
+		for _, left := range t.shelf.siblings(t.id, t.execID, o.kind) {
+			left.clear()
 		}
-		if id != "" {
-			t.input.source, err = t.streams.claimInput(id)
-		} else {
-			t.input.source, err = openFIFOSource(path, holdInput)
-		}
-		if err != nil {
-			return fmt.Errorf("cannot open stdin: %w", err)
-		}
+		o.sink, err = openFIFOSink(path, t.shelf.niche(t.token, o.kind), o.offset, t.log)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot open %v: %w", o.kind, err)
+	}
+	return nil
+}
+
+func (t *stdio) openInput(hold bool) error {
+	in := t.input
+	path, id, err := parseStream(in.name)
+	if err != nil {
+		return fmt.Errorf("stdin: %w", err)
+	}
+	n := t.shelf.niche(t.token, guestio.Stdin)
+	if id != "" {
+		in.source, err = t.streams.claimInput(id, t.log)
+	} else {
+		in.source, err = openFIFOSource(path, n, t.shelf.siblings(t.id, t.execID, guestio.Stdin), hold, t.log)
+	}
+	if err == nil {
+		in.box, err = openInbox(n)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot open stdin: %w", err)
+	}
+	if t.inputEnded.Load() {
+		in.source.end()
 	}
 	return nil
 }
@@ -191,22 +234,42 @@ func (t *stdio) open(holdInput bool) error {
 func (t *stdio) connect(ctx context.Context, dial guestio.Dialer) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for _, o := range t.outputs {
-		g.Go(func() (err error) {
-			o.reader, err = guestio.OpenOutput(ctx, dial, t.tokenOf(o.kind), o.kind, o.offset)
-			return err
-		})
+		g.Go(func() error { return t.connectOutput(ctx, dial, o) })
 	}
 	if t.input != nil {
-		g.Go(func() (err error) {
-			t.input.writer, err = guestio.OpenInput(ctx, dial, t.tokenOf(guestio.Stdin))
-			return err
-		})
+		g.Go(func() error { return t.connectInput(ctx, dial) })
 	}
 	return g.Wait()
 }
 
-// pump starts to carry bytes. misbehaved is told when the guest breaks the protocol.
-func (t *stdio) pump(misbehaved func(error)) {
+func (t *stdio) connectOutput(ctx context.Context, dial guestio.Dialer, o *output) (err error) {
+	o.reader, err = guestio.OpenOutput(ctx, dial, t.tokenOf(o.kind), o.kind, o.sink.position())
+	if err == nil {
+		o.sink.resume(o.reader.Offset())
+	}
+	return err
+}
+
+func (t *stdio) connectInput(ctx context.Context, dial guestio.Dialer) error {
+	writer, err := guestio.OpenInput(ctx, dial, t.tokenOf(guestio.Stdin))
+	if err != nil {
+		return err
+	}
+	lost, err := t.input.box.resume(writer.Offset())
+	if err != nil {
+		writer.Close()
+		return err
+	}
+	if lost > 0 {
+		t.log.Warn("input is lost: the guest has not got what an earlier daemon thought it had", "bytes", lost)
+	}
+	writer.Notify(t.input.box.consumed)
+	t.input.writer = writer
+	return nil
+}
+
+// pumpOutput starts to carry output. misbehaved is told when the guest breaks the protocol.
+func (t *stdio) pumpOutput(misbehaved func(error)) {
 	for _, o := range t.outputs {
 		if o.reader == nil {
 			continue
@@ -224,40 +287,80 @@ func (t *stdio) pump(misbehaved func(error)) {
 			}
 		}()
 	}
-	if in := t.input; in != nil && in.writer != nil {
-		in.done = make(chan struct{})
-		go func() {
-			defer close(in.done)
-			// A process that does not read shows its client a closed pipe, as it would on a host.
-			defer in.source.finish()
-			take := func(p []byte) error {
-				_, err := in.writer.Write(p)
-				return err
-			}
-			for {
-				err := in.source.next(take)
-				switch {
-				case err == nil:
-					continue
-				case err == io.EOF:
-					in.writer.CloseWrite()
-				case errors.Is(err, guestio.ErrProtocol):
-					misbehaved(err)
-				case errors.Is(err, guestio.ErrRefused), errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrClosed):
-				default:
-					t.log.Warn("input is lost", "error", err)
-				}
-				return
-			}
-		}()
+}
+
+// pumpInput starts to carry input. Before the process is recorded it must not run: what it takes
+// from the client is the process's, which only the record ties together.
+func (t *stdio) pumpInput(misbehaved func(error), journal func()) {
+	in := t.input
+	if in == nil || in.writer == nil {
+		return
+	}
+	in.done = make(chan struct{})
+	go func() {
+		defer close(in.done)
+		err := t.carryInput(journal)
+		switch {
+		case err == nil, errors.Is(err, guestio.ErrRefused), errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrClosed):
+		case errors.Is(err, guestio.ErrProtocol):
+			misbehaved(err)
+		default:
+			t.log.Warn("input is lost", "error", err)
+		}
+		// A process that does not read shows its client a closed pipe, as it would on a host.
+		in.source.finish()
+		in.box.close()
+	}()
+}
+
+func (t *stdio) carryInput(journal func()) error {
+	in := t.input
+	for {
+		if err := in.send(); err != nil {
+			return err
+		}
+		err := in.source.fill(in.box)
+		if err == nil {
+			continue
+		}
+		if err != io.EOF {
+			return err
+		}
+		break
+	}
+	// A FIFO would show its end again; a connection is not there any more.
+	if _, id, _ := parseStream(in.name); id != "" && !t.inputEnded.Swap(true) {
+		journal()
+	}
+	in.source.ended()
+	in.writer.CloseWrite()
+	// Until the guest has consumed the end, another daemon may have to tell it.
+	<-in.writer.Done()
+	return nil
+}
+
+// send sends what has arrived.
+func (in *input) send() error {
+	for {
+		chunk := chunks.Get().(*[]byte)
+		n, err := in.box.next(*chunk)
+		if n > 0 {
+			_, err = in.writer.Write((*chunk)[:n])
+		}
+		chunks.Put(chunk)
+		if n == 0 || err != nil {
+			return err
+		}
 	}
 }
 
-// closeStdin ends the input after what the client has written.
-func (t *stdio) closeStdin() {
-	if t.input != nil && t.input.source != nil {
-		t.input.source.end()
+// closeStdin ends the input after what the client has written. It tells whether that is news.
+func (t *stdio) closeStdin() bool {
+	if t.input == nil || t.input.source == nil || t.inputEnded.Swap(true) {
+		return false
 	}
+	t.input.source.end()
+	return true
 }
 
 // abandonAfter discards output that the client has not taken after d. Only the first call counts.
@@ -275,8 +378,9 @@ func (t *stdio) abandonAfter(d time.Duration) {
 	}
 }
 
-// drain waits for the guest's end of all outputs, for at most limit, and passes it on.
-func (t *stdio) drain(limit time.Duration) {
+// drain waits for the guest's end of all outputs, for at most limit, and then for the client to take
+// what has arrived, for as long as that takes. It returns false if another daemon is to do that.
+func (t *stdio) drain(limit time.Duration) bool {
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	for _, o := range t.outputs {
@@ -290,37 +394,38 @@ func (t *stdio) drain(limit time.Duration) {
 			timer.Reset(0)
 		}
 	}
-	t.cut(0)
+	for _, o := range t.outputs {
+		if o.sink != nil && o.sink.flush(context.Background()) != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // cut ends all streams. Output that has arrived may still be written for at most grace.
 func (t *stdio) cut(grace time.Duration) {
-	var timeout <-chan time.Time
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
 	for _, o := range t.outputs {
 		if o.reader != nil {
 			o.reader.Close()
 		}
 	}
 	for _, o := range t.outputs {
-		if o.done == nil {
-			continue
+		if o.done != nil {
+			select {
+			case <-o.done:
+			default:
+				select {
+				case <-o.done:
+				case <-ctx.Done():
+					o.sink.abandon()
+					<-o.done
+				}
+			}
 		}
-		select {
-		case <-o.done:
-			continue
-		default:
-		}
-		if timeout == nil {
-			timeout = time.After(grace)
-		}
-		select {
-		case <-o.done:
-		case <-timeout:
-			closed := make(chan time.Time)
-			close(closed)
-			timeout = closed
+		if o.sink != nil && o.sink.flush(ctx) != nil {
 			o.sink.abandon()
-			<-o.done
 		}
 	}
 	for _, o := range t.outputs {
@@ -338,18 +443,26 @@ func (t *stdio) cut(grace time.Duration) {
 }
 
 func (t *stdio) cutInput() {
-	if t.input == nil {
+	in := t.input
+	if in == nil {
 		return
 	}
-	if t.input.source != nil {
-		t.input.source.finish()
+	if in.source != nil {
+		in.source.finish()
 	}
-	if t.input.writer != nil {
-		t.input.writer.Close()
+	if in.writer != nil {
+		in.writer.Close()
+	}
+	if in.done != nil {
+		<-in.done
+	}
+	if in.box != nil {
+		in.box.close()
 	}
 }
 
-// detach stops the pumps and lets go of the client, without telling the guest anything.
+// detach stops the pumps and leaves the client to another daemon, without telling the guest
+// anything. The shelf must have been left before.
 func (t *stdio) detach() {
 	for _, o := range t.outputs {
 		if o.reader != nil {
@@ -361,6 +474,8 @@ func (t *stdio) detach() {
 		if o.done != nil {
 			<-o.done
 		}
+	}
+	for _, o := range t.outputs {
 		if o.sink != nil {
 			o.sink.close()
 		}
@@ -383,172 +498,5 @@ func (t *stdio) close() {
 
 // chunks lends buffers for input. They are held only while there is input.
 var chunks = sync.Pool{New: func() any { b := make([]byte, 32<<10); return &b }}
-
-// openFIFO opens one end of a FIFO without waiting for the other.
-func openFIFO(path string, flag int) (*os.File, error) {
-	fd, err := unix.Open(path, flag|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		err = &os.PathError{Op: "open", Path: path, Err: err}
-		if errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("%w: the client has removed it: %w", err, errdefs.ErrNotFound)
-		}
-		return nil, err
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		unix.Close(fd)
-		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFIFO {
-		unix.Close(fd)
-		return nil, fmt.Errorf("%s is not a FIFO: %w", path, errdefs.ErrInvalidArgument)
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-// fifoSink writes to a FIFO. It holds a reading end, too: without it, a write while the client
-// restarts would fail and what it had not read would vanish. The reading end stays until close, so
-// that a client that comes back after the exit finds the rest.
-type fifoSink struct {
-	write, read *os.File
-	log         *slog.Logger
-	discard     atomic.Bool
-	detached    atomic.Bool
-}
-
-func openFIFOSink(path string, log *slog.Logger) (sink, error) {
-	read, err := openFIFO(path, unix.O_RDONLY)
-	if err != nil {
-		return nil, err
-	}
-	write, err := openFIFO(path, unix.O_WRONLY)
-	if err != nil {
-		read.Close()
-		return nil, err
-	}
-	return &fifoSink{write: write, read: read, log: log}, nil
-}
-
-func (f *fifoSink) Write(p []byte) (int, error) {
-	if f.discard.Load() {
-		return len(p), nil
-	}
-	if n, err := f.write.Write(p); err != nil {
-		if f.detached.Load() {
-			return n, os.ErrClosed
-		}
-		if f.discard.Swap(true) {
-			f.log.Warn("output is discarded: the client did not read it", "fifo", f.write.Name(), "bytes", len(p)-n)
-		} else {
-			f.log.Warn("output is discarded", "fifo", f.write.Name(), "error", err)
-		}
-	}
-	return len(p), nil
-}
-
-func (f *fifoSink) abandon() {
-	f.discard.Store(true)
-	f.write.SetWriteDeadline(time.Unix(1, 0))
-}
-
-func (f *fifoSink) detach() {
-	f.detached.Store(true)
-	f.write.SetWriteDeadline(time.Unix(1, 0))
-}
-
-func (f *fifoSink) finish() { f.write.Close() }
-
-func (f *fifoSink) close() {
-	f.write.Close()
-	f.read.Close()
-}
-
-// fifoSource reads from a FIFO.
-type fifoSource struct {
-	read   *os.File
-	hold   *os.File // a writing end that keeps the input open; nil if the client's writers decide
-	raw    syscallConn
-	ending atomic.Bool
-}
-
-type syscallConn interface {
-	Read(func(fd uintptr) bool) error
-}
-
-func openFIFOSource(path string, hold bool) (source, error) {
-	read, err := openFIFO(path, unix.O_RDONLY)
-	if err != nil {
-		return nil, err
-	}
-	f := &fifoSource{read: read}
-	if hold {
-		if f.hold, err = openFIFO(path, unix.O_WRONLY); err != nil {
-			read.Close()
-			return nil, err
-		}
-	}
-	if f.raw, err = read.SyscallConn(); err != nil {
-		f.close()
-		return nil, err
-	}
-	return f, nil
-}
-
-func (f *fifoSource) next(take func([]byte) error) error {
-	var result error
-	err := f.raw.Read(func(fd uintptr) bool {
-		chunk := chunks.Get().(*[]byte)
-		defer chunks.Put(chunk)
-		n, err := unix.Read(int(fd), *chunk)
-		switch {
-		case err == unix.EINTR:
-			return true // nothing taken, the caller comes again
-		case err == unix.EAGAIN || n == 0 && err == nil && !f.hungUp(int(fd)):
-			// Nothing there, or no client has opened its end yet.
-			if f.ending.Load() {
-				result = io.EOF
-				return true
-			}
-			return false
-		case err != nil:
-			result = &os.PathError{Op: "read", Path: f.read.Name(), Err: err}
-		case n == 0:
-			result = io.EOF
-		default:
-			result = take((*chunk)[:n])
-		}
-		return true
-	})
-	if err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
-		// end was called while nothing was there, or before this call: look once more.
-		f.read.SetReadDeadline(time.Time{})
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return result
-}
-
-// hungUp tells whether a writer was there and has gone, as read(2) cannot.
-func (f *fifoSource) hungUp(fd int) bool {
-	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	_, err := unix.Poll(poll, 0)
-	return err == nil && poll[0].Revents&unix.POLLHUP != 0
-}
-
-func (f *fifoSource) end() {
-	f.ending.Store(true)
-	f.read.SetReadDeadline(time.Unix(1, 0))
-}
-
-func (f *fifoSource) finish() { f.close() }
-
-func (f *fifoSource) close() {
-	f.read.Close()
-	if f.hold != nil {
-		f.hold.Close()
-	}
-}
 
 func isProtocolViolation(err error) bool { return errors.Is(err, guestio.ErrProtocol) }

@@ -336,8 +336,9 @@ type Writer struct {
 }
 
 // OpenInput opens the stream of a token and returns after the guest has accepted it; ctx bounds
-// only that. For a stream that an earlier process has written to, the new data follows what the
-// guest has consumed; what was under way is lost with that process. The caller closes the Writer.
+// only that. For a stream that an earlier daemon has written to, the new data follows what the
+// guest has consumed, which Offset tells; what was under way is the caller's to write again. The
+// caller closes the Writer.
 func OpenInput(ctx context.Context, dial Dialer, token string) (*Writer, error) {
 	w := &Writer{dial: dial, s: newSender(token)}
 	w.ctx, w.cancel = context.WithCancel(context.Background())
@@ -393,6 +394,7 @@ func (w *Writer) run(conn net.Conn) {
 	var pause backoff
 	for {
 		before := w.s.progress()
+		w.s.tell(before)
 		done, err := w.s.serve(conn)
 		if done {
 			return
@@ -421,6 +423,17 @@ func (w *Writer) run(conn net.Conn) {
 			}
 		}
 	}
+}
+
+// Offset is how many bytes of the stream the guest has consumed.
+func (w *Writer) Offset() uint64 { return w.s.progress() }
+
+// Notify has f told whenever more was consumed, with the number of bytes since the stream began,
+// one call at a time. f must not call the Writer. Notify is called once, before Write.
+func (w *Writer) Notify(f func(consumed uint64)) {
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	w.s.notify = f
 }
 
 // Write blocks while 256 KiB are not consumed by the process. It fails with an error that wraps

@@ -31,6 +31,7 @@ type sender struct {
 	over    bool // the receiver's final acknowledgement arrived
 	err     error
 	ended   chan struct{} // closed when over or err becomes set
+	notify  func(acked uint64)
 }
 
 func newSender(token string) *sender {
@@ -225,6 +226,17 @@ func (s *sender) serve(conn net.Conn) (done bool, err error) {
 		}
 		s.flush()
 		s.mu.Unlock()
+		s.tell(total)
+	}
+}
+
+// tell says how many bytes the receiver has consumed. Only the goroutine that serves calls it.
+func (s *sender) tell(acked uint64) {
+	s.mu.Lock()
+	notify := s.notify
+	s.mu.Unlock()
+	if notify != nil {
+		notify(acked)
 	}
 }
 

@@ -278,6 +278,15 @@ func (g *Guest) end(p *Process, code uint32) {
 	close(p.done)
 }
 
+func isDone(p *Process) bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 type sandboxService Guest
 
 func (s *sandboxService) PrepareContainer(ctx context.Context, r *protocol.PrepareContainerRequest) (*protocol.PrepareContainerResponse, error) {
@@ -469,6 +478,8 @@ func (s *taskService) State(ctx context.Context, r *task.StateRequest) (*task.St
 	}
 	a := &task.StateResponse{ID: p.ID, ExecID: p.ExecID, Status: tasktypes.Status_CREATED}
 	switch {
+	case isDone(p):
+		a.Status = tasktypes.Status_STOPPED
 	case p.paused:
 		a.Status = tasktypes.Status_PAUSED
 	case p.started:
