@@ -10,6 +10,7 @@ import (
 	"kuasar.io/kuasar/ci/build"
 	"kuasar.io/kuasar/ci/generate"
 	"kuasar.io/kuasar/ci/lint"
+	"kuasar.io/kuasar/rpm/release"
 )
 
 // Default is what "go tool mage" does without a target.
@@ -27,6 +28,15 @@ func Kernel(ctx context.Context) error { return tree.Kernel(ctx) }
 
 // Initrd makes the guest's agent and the initrd around it.
 func Initrd(ctx context.Context) error { return tree.Initrd(ctx) }
+
+// Package makes out/rpm/kuasar-<version>-<release>.<arch>.rpm, signed with RPM_SIGNING_KEY if it is set.
+func Package(ctx context.Context) error {
+	_, err := release.Package(ctx, tree, os.Stdout)
+	return err
+}
+
+// Repo makes what is in out/rpm a repository, and shows how to install from it.
+func Repo(ctx context.Context) error { return release.Repo(ctx, tree, os.Stdout) }
 
 // Demo runs the guide's pod in a virtual machine and shows it; KEEP=1 leaves it running.
 func Demo(ctx context.Context) error { return bed.Demo(ctx, tree) }

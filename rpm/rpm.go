@@ -45,13 +45,14 @@ const (
 	compression = "zstd:19"
 )
 
-const description = `Kuasar runs every pod of the runtime handler "vmm" in a virtual machine of its own, on
-StratoVirt or QEMU. One daemon per node, vmm-sandboxer, serves all pods of iSulad or containerd
-through the Sandbox API: there is neither a shim process per pod nor a pause container.
+const description = `Kuasar runs every pod of the runtime handler "vmm" in a virtual machine of
+its own, on StratoVirt or QEMU. One daemon per node, vmm-sandboxer, serves all
+pods of iSulad or containerd through the Sandbox API: there is neither a shim
+process per pod nor a pause container.
 
-This package holds the daemon and its service kuasar-vmm, the administrator's tool kuasar-ctl, the
-guest's kernel and initrd, the configuration, and examples for the engines. "kuasar-ctl check" says
-what a node lacks.`
+This package holds the daemon and its service kuasar-vmm, the administrator's
+tool kuasar-ctl, the guest's kernel and initrd, the configuration, and examples
+for the engines. "kuasar-ctl check" says what a node lacks.`
 
 // Options say what to put into the package. All files are read, none is changed.
 type Options struct {

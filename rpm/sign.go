@@ -48,7 +48,7 @@ func signer(key, passphrase string, at time.Time) (func(io.Reader) ([]byte, erro
 	return func(data io.Reader) ([]byte, error) {
 		var signature bytes.Buffer
 		if err := openpgp.DetachSign(&signature, entity, data, config); err != nil {
-			return nil, fmt.Errorf("cannot sign the package: %w", err)
+			return nil, fmt.Errorf("cannot sign: %w", err)
 		}
 		return signature.Bytes(), nil
 	}, nil
@@ -127,12 +127,36 @@ func PublicKey(key, passphrase string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("cannot use RPM_SIGNING_KEY: %w", err)
 	}
-	var text strings.Builder
-	w, err := armor.Encode(&text, openpgp.PublicKeyType, nil)
+	return enarmor(openpgp.PublicKeyType, entity.Serialize)
+}
+
+// Sign returns an armored signature of data, by a private key that is given as in Options.
+func Sign(key, passphrase string, at time.Time, data []byte) (string, error) {
+	sign, err := signer(key, passphrase, at)
 	if err != nil {
 		return "", err
 	}
-	if err := errors.Join(entity.Serialize(w), w.Close()); err != nil {
+	if sign == nil {
+		return "", errors.New("no key is given")
+	}
+	signature, err := sign(bytes.NewReader(data))
+	if err != nil {
+		return "", err
+	}
+	return enarmor(openpgp.SignatureType, func(w io.Writer) error {
+		_, err := w.Write(signature)
+		return err
+	})
+}
+
+// enarmor returns what write writes in ASCII armor.
+func enarmor(kind string, write func(io.Writer) error) (string, error) {
+	var text strings.Builder
+	w, err := armor.Encode(&text, kind, nil)
+	if err != nil {
+		return "", err
+	}
+	if err := errors.Join(write(w), w.Close()); err != nil {
 		return "", err
 	}
 	return text.String() + "\n", nil

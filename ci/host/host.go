@@ -33,6 +33,10 @@ const (
 	Machine Purpose = "boot a machine with systemd"
 	// Install is installing packages into an empty root directory.
 	Install Purpose = "install packages with dnf"
+	// Repository is making the metadata of a repository of packages.
+	Repository Purpose = "make a repository of packages"
+	// Inspect is looking for common mistakes in packages.
+	Inspect Purpose = "check packages with rpmlint"
 
 	// CrossKernel is what Kernel needs more to build for the other architecture: on x86_64 for
 	// aarch64, on aarch64 for x86_64.
@@ -126,6 +130,14 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"rpm"}, why: "verifies what is installed", deb: []string{"rpm"}, rpm: []string{"rpm"}},
 		{files: []string{"createrepo_c"}, why: "makes a repository of packages", deb: []string{"createrepo-c"}, rpm: []string{"createrepo_c"}},
 		{files: []string{"/var/lib/dpkg/info/busybox-static.list", "/usr/sbin/busybox"}, why: "is the shell of the root's scriptlets", deb: []string{"busybox-static"}, rpm: []string{"busybox"}},
+	},
+	Repository: {
+		{files: []string{"createrepo_c"}, why: "makes a repository of packages", deb: []string{"createrepo-c"}, rpm: []string{"createrepo_c"}},
+	},
+	Inspect: {
+		{files: []string{"rpmlint"}, why: "checks the packages", deb: []string{"rpmlint"}, rpm: []string{"rpmlint"}},
+		{files: []string{"cpio"}, why: "unpacks packages to be checked", deb: []string{"cpio"}, rpm: []string{"cpio"}},
+		{files: []string{"rpm"}, why: "verifies the packages' signatures", deb: []string{"rpm"}, rpm: []string{"rpm"}},
 	},
 	Race: {
 		{files: []string{"gcc"}, why: "the race detector is linked by the C compiler", deb: []string{"gcc"}, rpm: []string{"gcc"}},
