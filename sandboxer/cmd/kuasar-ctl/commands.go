@@ -181,6 +181,9 @@ func commands() []command {
 		{name: "inspect", args: "pod", min: 1, max: 1, operand: "pod", short: "tell everything that is known of a pod", prepare: inspect},
 		{name: "console", args: "pod", min: 1, max: 1, operand: "pod", short: "open a shell in a pod's virtual machine", prepare: console},
 		{name: "logs", args: "pod", min: 1, max: 1, operand: "pod", short: "print the console log of a pod's virtual machine", prepare: logs},
+		{name: "gc", short: "remove what no live pod owns", prepare: gc},
+		{name: "metrics", short: "print the daemon's counters", prepare: metrics},
+		{name: "completion", args: "bash", min: 1, max: 1, operand: "bash", short: "print the completion script of a shell", prepare: completion},
 		{name: "version", short: "print the version", prepare: printVersion},
 	}
 }
