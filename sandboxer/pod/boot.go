@@ -75,6 +75,10 @@ func (p *Pod) boot(ctx context.Context) error {
 
 	booted := make(chan struct{})
 	p.mu.Lock()
+	if p.m.closing.Load() {
+		p.mu.Unlock()
+		return errStopping
+	}
 	if p.rec.State != Created {
 		state := p.rec.State
 		p.mu.Unlock()
@@ -323,8 +327,7 @@ func (p *Pod) addContainersUndo(ctx context.Context) error {
 			default:
 			}
 		}
-		containers.GuestGone(at)
-		return nil
+		return p.guestGone(containers, at)
 	}})
 }
 
@@ -540,7 +543,7 @@ func (p *Pod) openTasks(ctx context.Context, sharedPID bool) error {
 	p.containers = containers
 	p.mu.Unlock()
 	if err := p.undo.add(ctx, undoStep{name: StageTask, tier: recordTier, fn: func(context.Context) error {
-		return errors.Join(containers.Close(), p.m.opts.Runtime.unlisten(p.id), closeListener(l, path))
+		return p.closeTasks(containers, l, path)
 	}}); err != nil {
 		return err
 	}

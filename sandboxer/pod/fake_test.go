@@ -42,10 +42,16 @@ type world struct {
 	orphaned bool          // the handles of machines belong to a dead daemon
 	powerOff chan struct{} // closed by PowerOff, which then ends the machine
 	spec     vm.Spec
+	pid      int // of every process; it lives, and its command line names no pod
+	// Of agents: what they say, and what a hello waits for before it is said.
+	hello *protocol.Hello
+	calls func(ctx context.Context, id string) error
+	// kept are listeners in the service manager's store; nil where nothing is kept.
+	kept map[string]net.Listener
 }
 
 func newWorld(t *testing.T) *world {
-	return &world{t: t, exists: map[string]any{}, fail: map[string]error{}, events: make(chan *protocol.Event, 4)}
+	return &world{t: t, exists: map[string]any{}, fail: map[string]error{}, events: make(chan *protocol.Event, 4), pid: os.Getpid()}
 }
 
 func (w *world) failure(what string) error {
@@ -146,12 +152,53 @@ func (w *world) runtime() Runtime {
 			return nil, errors.New("no such process")
 		},
 		NewCgroup: func(_, name string) (Cgroup, error) {
-			return &fakeCgroup{w, name}, w.make("cgroup", name, nil)
+			return &fakeCgroup{w, name}, w.make("cgroup", name, true)
+		},
+		Cgroups: func() (names []string, err error) {
+			for _, k := range w.left() {
+				if name, ok := strings.CutPrefix(k, "cgroup "); ok {
+					names = append(names, name)
+				}
+			}
+			return names, nil
 		},
 		LoadCgroup: func(_, name string) (Cgroup, error) { return &fakeCgroup{w, name}, w.failure("load cgroup") },
 		NewContainers: func(c ContainersConfig) (Containers, error) {
 			f := &fakeContainers{w: w, c: c, closed: make(chan struct{})}
 			return f, w.make("containers", c.PodID, f)
+		},
+		Listen: func(id, path string) (net.Listener, error) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if w.exists["containers "+id] == nil {
+				w.t.Errorf("the listener of %s is asked for before its containers", id)
+			}
+			if w.kept == nil {
+				return ListenUnix(path)
+			}
+			if w.kept[id] == nil {
+				l, err := ListenUnix(path)
+				if err != nil {
+					return nil, err
+				}
+				w.kept[id] = l
+			}
+			f, err := w.kept[id].(*net.UnixListener).File()
+			if err != nil {
+				return nil, err
+			}
+			defer f.Close()
+			return net.FileListener(f)
+		},
+		Unlisten: func(id string) error {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.log = append(w.log, "unlisten")
+			if l := w.kept[id]; l != nil {
+				delete(w.kept, id)
+				return l.Close()
+			}
+			return nil
 		},
 	}
 }
@@ -173,6 +220,9 @@ func (d fakeDriver) Restore(_ context.Context, state json.RawMessage) (vm.Machin
 		return nil, err
 	}
 	if m := d.w.machine(id); m != nil {
+		if err := d.w.failure("restore machine"); err != nil {
+			return nil, err
+		}
 		m = &fakeMachine{w: d.w, id: id, exited: make(chan struct{})}
 		d.w.mu.Lock()
 		d.w.exists["hypervisor "+id] = m
@@ -219,7 +269,7 @@ func (m *fakeMachine) LastOutput() []string {
 }
 func (m *fakeMachine) State() (vm.State, error) {
 	saved, err := json.Marshal(m.id)
-	return vm.State{PID: os.Getpid(), Saved: saved}, err
+	return vm.State{PID: m.w.pid, Saved: saved}, err
 }
 
 func (m *fakeMachine) Stop(context.Context) error {
@@ -240,14 +290,22 @@ type fakeLink struct {
 
 func (l *fakeLink) Hello(ctx context.Context) (*protocol.Hello, error) {
 	l.w.mu.Lock()
-	silent := l.w.noHello
+	silent, hello, calls := l.w.noHello, l.w.hello, l.w.calls
 	l.w.mu.Unlock()
+	if calls != nil {
+		if err := calls(ctx, l.id); err != nil {
+			return nil, err
+		}
+	}
 	if silent {
 		if l.w.panicMsg != "" {
 			l.w.machine(l.id).end(0, "the guest's kernel panicked: "+l.w.panicMsg)
 		}
 		<-ctx.Done()
 		return nil, ctx.Err()
+	}
+	if hello != nil {
+		return hello, nil
 	}
 	return &protocol.Hello{ProtocolVersion: protocol.Version, AgentVersion: "test"}, nil
 }
@@ -372,6 +430,7 @@ type fakeVirtiofsd struct {
 	exited chan struct{}
 }
 
+func (d *fakeVirtiofsd) PIDs() []int                     { return []int{d.w.pid} }
 func (d *fakeVirtiofsd) Exited() <-chan struct{}         { return d.exited }
 func (d *fakeVirtiofsd) Saved() (json.RawMessage, error) { return json.Marshal(d.dir) }
 func (d *fakeVirtiofsd) Stop() error                     { return d.w.remove("virtiofsd", d.dir) }
@@ -384,8 +443,27 @@ type fakeCgroup struct {
 func (c *fakeCgroup) Procs() []string                 { return []string{"/cgroup/" + c.name} }
 func (c *fakeCgroup) Metrics() (proto.Message, error) { return wrapperspb.String(c.name), nil }
 
+func (c *fakeCgroup) PIDs() ([]int, error) {
+	if err := c.w.failure("list cgroup"); err != nil {
+		return nil, err
+	}
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	for k := range c.w.exists {
+		if k == "hypervisor "+c.name || strings.HasPrefix(k, "virtiofsd ") && strings.Contains(k, "/"+c.name+"/") {
+			if c.w.exists["cgroup "+c.name] != nil {
+				return []int{c.w.pid}, nil
+			}
+		}
+	}
+	return nil, nil
+}
+
 // Delete kills what is in the leaf, as the real one does.
 func (c *fakeCgroup) Delete(context.Context) error {
+	if c.w.get("cgroup", c.name) == nil {
+		return nil
+	}
 	if err := c.w.failure("remove cgroup"); err != nil {
 		return err
 	}
@@ -415,6 +493,9 @@ type fakeContainers struct {
 	n    int
 	gone time.Time
 	ooms []string
+
+	handedOver bool
+	hang       chan struct{} // HandOver waits for it
 }
 
 func (c *fakeContainers) Serve(l net.Listener) error {
@@ -439,6 +520,13 @@ func (c *fakeContainers) Close() error {
 
 func (c *fakeContainers) HandOver() error {
 	c.once.Do(func() { close(c.closed) })
+	c.mu.Lock()
+	c.handedOver = true
+	hang := c.hang
+	c.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
 	return c.w.failure("hand over")
 }
 

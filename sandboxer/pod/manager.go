@@ -40,6 +40,10 @@ type Options struct {
 	// between).
 	BootLimit    time.Duration
 	CreatedLimit time.Duration
+	// RecoverLimit bounds how long Recover keeps the daemon from serving (30 s), AdoptLimit how long
+	// the agent of a running machine may take to answer a new daemon (2 min).
+	RecoverLimit time.Duration
+	AdoptLimit   time.Duration
 	// Boots is how many machines may boot at once (as many as the node has CPUs).
 	Boots int
 
@@ -51,7 +55,8 @@ type Options struct {
 type Metrics interface {
 	// Stage reports a stage of a boot that took the given time and succeeded or failed.
 	Stage(name string, took time.Duration, err error)
-	// Recovered reports what became of a pod at the daemon's start: adopted, cleaned or kept.
+	// Recovered reports what became of a pod that another daemon left: adopted, cleaned, kept, held or
+	// left.
 	Recovered(outcome string)
 }
 
@@ -67,6 +72,12 @@ type Manager struct {
 
 	// afterStage is called between two stages of a boot; for tests.
 	afterStage func(id, stage string)
+
+	// closing says that the daemon ends: what happens to pods now is the next one's business.
+	closing atomic.Bool
+	// slotLimit is how long a recovery counts among those that run at once, heldInterval how often a
+	// machine is looked for that this daemon has no handle of, and closeLimit bounds Close.
+	slotLimit, heldInterval, closeLimit time.Duration
 }
 
 // NewManager returns a manager of no pods. Recover finds those that another daemon left.
@@ -77,13 +88,22 @@ func NewManager(o Options) *Manager {
 	if o.CreatedLimit == 0 {
 		o.CreatedLimit = 5 * time.Minute
 	}
+	if o.RecoverLimit == 0 {
+		o.RecoverLimit = 30 * time.Second
+	}
+	if o.AdoptLimit == 0 {
+		o.AdoptLimit = 2 * time.Minute
+	}
 	if o.Boots == 0 {
 		o.Boots = runtime.NumCPU()
 	}
 	if o.Metrics == nil {
 		o.Metrics = noMetrics{}
 	}
-	return &Manager{opts: o, slots: make(chan struct{}, o.Boots), pods: make(map[string]*Pod)}
+	return &Manager{
+		opts: o, slots: make(chan struct{}, o.Boots), pods: make(map[string]*Pod),
+		slotLimit: 5 * time.Second, heldInterval: 2 * time.Second, closeLimit: 10 * time.Second,
+	}
 }
 
 type noMetrics struct{}
@@ -222,7 +242,7 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 	if p == nil {
 		return nil
 	}
-	if err := p.settle(ctx, errors.New("the pod was stopped")); err != nil {
+	if err := p.settle(ctx, asked("the pod was stopped")); err != nil {
 		return err
 	}
 	return p.end(nil, grace).wait(ctx)
@@ -234,7 +254,7 @@ func (m *Manager) Shutdown(ctx context.Context, id string) error {
 	if p == nil {
 		return nil
 	}
-	if err := p.settle(ctx, errors.New("the pod was removed")); err != nil {
+	if err := p.settle(ctx, asked("the pod was removed")); err != nil {
 		return err
 	}
 	return p.discard(ctx)
@@ -325,7 +345,7 @@ func (m *Manager) sweep(ctx context.Context, now time.Time) {
 		if stale {
 			p.rec.State = Stopping // from here on it cannot be started
 		}
-		due := stale || p.abandoned && p.rec.State != Starting
+		due := stale || p.abandoned && p.rec.State != Starting && !p.recovering
 		p.mu.Unlock()
 		if !due {
 			continue
@@ -342,29 +362,45 @@ func (m *Manager) sweep(ctx context.Context, now time.Time) {
 	}
 }
 
-// Close lets go of all pods, which live on, because the daemon ends: their task sockets are closed
-// and what the containers' streams have consumed is journalled. Boots that are under way are given
-// up. No method may be called afterwards.
+// errStopping is why what is under way is given up when the daemon ends. Clients take Unavailable as
+// a reason to ask again.
+var errStopping = fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable)
+
+// Close lets go of all pods, which live on, because the daemon ends: their containers are handed over
+// to the next one. Boots that are under way are given up and undone, recoveries left to the next
+// daemon, and what was asked to end before may still do so. It returns within 10 s, whatever guests
+// and processes do: what is not done then the next daemon does. The connections of clients are to be
+// dropped before, so that none of them gets an answer. No method may be called afterwards.
 func (m *Manager) Close() {
-	var wg sync.WaitGroup
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	m.closing.Store(true)
+	ctx, cancel := context.WithTimeout(context.Background(), m.closeLimit)
 	defer cancel()
+	// The second half of the time is for those that the first did not suffice for.
+	patience, done := context.WithTimeout(ctx, m.closeLimit/2)
+	defer done()
+	var wg sync.WaitGroup
 	for _, p := range m.all() {
 		wg.Go(func() {
-			// What is not undone in time the next daemon finds.
-			_ = p.settle(ctx, errors.New("the daemon is stopping"))
-		})
-		p.mu.Lock()
-		containers := p.containers
-		p.mu.Unlock()
-		if containers == nil {
-			continue
-		}
-		wg.Go(func() {
-			if err := containers.HandOver(); err != nil {
+			_ = p.settle(patience, errStopping)
+			p.mu.Lock()
+			ending := p.ending
+			p.mu.Unlock()
+			if ending != nil {
+				_ = ending.wait(patience)
+			}
+			if err := p.handOver(); err != nil {
 				p.log.Warn("the pod's containers are not handed over whole", "error", err)
 			}
 		})
 	}
-	wg.Wait()
+	all := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(all)
+	}()
+	select {
+	case <-all:
+	case <-ctx.Done():
+		m.opts.Log.Warn("not all pods were let go of in time; the next daemon finds them as they are", "limit", m.closeLimit)
+	}
 }

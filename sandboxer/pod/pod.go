@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"path/filepath"
 	"sync"
 	"time"
@@ -62,8 +63,21 @@ type Pod struct {
 	ending *ending
 	// abandoned pods are nobody's any more; they are removed as soon as that is possible.
 	abandoned bool
-	// broken is why a pod that is starting cannot become ready.
+	// broken is why a pod that is starting, or being recovered, cannot become ready.
 	broken error
+	// recovering says that it is not decided yet what becomes of a pod that another daemon left;
+	// cancelBoot and booted are those of the recovery then.
+	recovering bool
+	// sharedNetNS says that the journal of another pod names the same network namespace.
+	sharedNetNS bool
+	// held is why this daemon cannot manage a pod that runs; see hold.
+	held error
+
+	// tasks keeps the containers from being handed over and ended both.
+	tasks struct {
+		sync.Mutex
+		closed, handedOver bool
+	}
 }
 
 // ending is one run of a pod's teardown.
@@ -81,8 +95,14 @@ func (e *ending) wait(ctx context.Context) error {
 	}
 }
 
-// journal writes the record. The caller holds p.mu.
-func (p *Pod) journalLocked() error { return p.rec.write(p.dir) }
+// journalLocked writes the record, unless it belongs to the daemon that will manage the pod again.
+// The caller holds p.mu.
+func (p *Pod) journalLocked() error {
+	if p.held != nil {
+		return nil
+	}
+	return p.rec.write(p.dir)
+}
 
 // note changes the record and writes it.
 func (p *Pod) note(change func(*record)) error {
@@ -102,13 +122,16 @@ func (p *Pod) journalContainers(records json.RawMessage) {
 
 // fail ends the pod because of err, which is not its client's doing.
 func (p *Pod) fail(err error) {
+	if p.m.closing.Load() {
+		return // the next daemon finds it
+	}
 	p.mu.Lock()
-	state := p.rec.State
-	if state == Starting && p.broken == nil {
+	state, recovering := p.rec.State, p.recovering
+	if (state == Starting || recovering) && p.broken == nil {
 		p.broken = err
 	}
 	p.mu.Unlock()
-	if state == Ready { // an end that was begun needs no second reason
+	if state == Ready && !recovering { // an end that was begun needs no second reason
 		p.end(err, 0)
 	}
 }
@@ -235,14 +258,19 @@ func (p *Pod) discard(ctx context.Context) error {
 	return nil
 }
 
-// settle cancels a boot that is under way for the given reason and waits until it has ended: the
-// pod then is forgotten or, if the boot was faster, ready.
+// asked is why a boot or a recovery is cancelled when a client asks for the pod's end.
+type asked string
+
+func (a asked) Error() string { return string(a) }
+
+// settle cancels a boot or a recovery that is under way for the given reason and waits until it has
+// ended: the pod then is forgotten, stopped or, if the boot was faster, ready.
 func (p *Pod) settle(ctx context.Context, reason error) error {
 	p.mu.Lock()
-	starting := p.rec.State == Starting
+	unsettled := p.rec.State == Starting || p.recovering
 	cancel, booted := p.cancelBoot, p.booted
 	p.mu.Unlock()
-	if !starting {
+	if !unsettled {
 		return nil
 	}
 	cancel(reason)
@@ -250,8 +278,46 @@ func (p *Pod) settle(ctx context.Context, reason error) error {
 	case <-booted:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("gave up waiting for the boot of pod %s to end: %w", p.id, ctx.Err())
+		return fmt.Errorf("gave up waiting for the boot or the recovery of pod %s to end: %w", p.id, ctx.Err())
 	}
+}
+
+var errHandedOver = errors.New("the daemon is stopping: the next one goes on with the pod's containers")
+
+// handOver lets go of the containers, unless they are forgotten already.
+func (p *Pod) handOver() error {
+	p.mu.Lock()
+	containers := p.containers
+	p.mu.Unlock()
+	p.tasks.Lock()
+	defer p.tasks.Unlock()
+	if containers == nil || p.tasks.closed || p.tasks.handedOver {
+		return nil
+	}
+	p.tasks.handedOver = true
+	return containers.HandOver()
+}
+
+// closeTasks forgets the containers and removes the task socket.
+func (p *Pod) closeTasks(containers Containers, l net.Listener, path string) error {
+	p.tasks.Lock()
+	defer p.tasks.Unlock()
+	if p.tasks.handedOver {
+		return errHandedOver
+	}
+	p.tasks.closed = true
+	return errors.Join(containers.Close(), p.m.opts.Runtime.unlisten(p.id), closeListener(l, path))
+}
+
+// guestGone tells the containers that their guest has ended.
+func (p *Pod) guestGone(containers Containers, at time.Time) error {
+	p.tasks.Lock()
+	defer p.tasks.Unlock()
+	if p.tasks.handedOver {
+		return errHandedOver
+	}
+	containers.GuestGone(at)
+	return nil
 }
 
 var errShareLost = errors.New("the file system daemon of the pod's share ended")
@@ -294,7 +360,7 @@ func (p *Pod) lost(machine vm.Machine, reason error) {
 func (p *Pod) guestLost(reason error) {
 	p.mu.Lock()
 	machine := p.machine
-	if p.rec.State == Starting && p.broken == nil {
+	if (p.rec.State == Starting || p.recovering) && p.broken == nil {
 		p.broken = reason
 	}
 	p.mu.Unlock()
@@ -328,6 +394,7 @@ type Status struct {
 	ExitedAt   time.Time // zero while the pod lives
 	ExitStatus uint32
 	Reason     string // why the pod ended, if nobody asked for it
+	Held       string // why this daemon cannot manage the pod, which runs; empty for all others
 	Address    string
 	Version    uint32
 	NetNS      string
@@ -345,6 +412,9 @@ func (p *Pod) status() Status {
 		ExitedAt: p.rec.ExitedAt, ExitStatus: p.rec.ExitStatus, Reason: p.rec.Reason,
 		NetNS: p.rec.NetNS, Hypervisor: p.m.opts.Runtime.Driver.Name(),
 		Stages: p.rec.Stages, Config: p.rec.Config, CNI: p.rec.CNI,
+	}
+	if p.held != nil && p.rec.State == Ready {
+		s.Held = clip(p.held.Error(), 1024)
 	}
 	if p.rec.Address != "" {
 		s.Address, s.Version = p.rec.Address, taskVersion

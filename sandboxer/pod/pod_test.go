@@ -35,7 +35,7 @@ func testOptions(t *testing.T, w *world) Options {
 		Dir: dir, BootID: "this boot", Runtime: w.runtime(),
 		Kernel: "/k", Initrd: "/i", KernelParams: "task.log_level=debug task.sharefs_type=9p",
 		Size: Size{VCPUs: 1, MemoryMiB: 256}, Boots: 2, Debug: true,
-		BootLimit: 3 * time.Second, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		BootLimit: 3 * time.Second, AdoptLimit: 300 * time.Millisecond, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}
 }
 

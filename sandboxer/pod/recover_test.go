@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // another returns a manager as a new daemon would have it on the same node.
@@ -142,7 +144,18 @@ func TestUnreadableJournal(t *testing.T) {
 	for name, spoil := range map[string]func(path string) error{
 		"torn":       func(path string) error { return os.Truncate(path, 20) },
 		"missing":    os.Remove,
-		"schema":     func(path string) error { return replace(path, `"schema": 1`, `"schema": 99`) },
+		"empty":      func(path string) error { return os.Truncate(path, 0) },
+		"garbage":    func(path string) error { return os.WriteFile(path, []byte("\x00\x01\xff{"), 0o600) },
+		"null":       func(path string) error { return os.WriteFile(path, []byte("null"), 0o600) },
+		"no schema":  func(path string) error { return replace(path, `"schema": 1`, `"schema": "one"`) },
+		"wrong type": func(path string) error { return replace(path, `"state": "ready"`, `"state": 7`) },
+		"directory":  func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
+		"fifo":       func(path string) error { return errors.Join(os.Remove(path), unix.Mkfifo(path, 0o600)) },
+		"symlink":    func(path string) error { return errors.Join(os.Rename(path, path+"x"), os.Symlink(path+"x", path)) },
+		"endless":    func(path string) error { return os.Truncate(path, maxJournal+1) },
+		"torn beside torn": func(path string) error {
+			return errors.Join(os.Truncate(path, 20), os.WriteFile(filepath.Join(filepath.Dir(path), "."+journalName), []byte("{"), 0o600))
+		},
 		"other pod":  func(path string) error { return replace(path, `"id": "a"`, `"id": "b"`) },
 		"other boot": func(path string) error { return replace(path, `"this boot"`, `"that boot"`) },
 	} {

@@ -3,6 +3,7 @@ package pod
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net"
 	"time"
@@ -41,6 +42,9 @@ type Runtime struct {
 	// LoadCgroup finds the leaf that NewCgroup made; that there is none is no error. An empty parent
 	// may also mean that nobody knows the parent any more.
 	LoadCgroup func(parent, name string) (Cgroup, error)
+	// Cgroups lists the names of all leaves that this daemon or an earlier one made for pods in the
+	// same base directory. Nil: they cannot be told from others.
+	Cgroups func() ([]string, error)
 
 	// NewContainers makes the host's side of a pod's containers. For a pod that another daemon left it
 	// takes over the clients' connections that this one kept, and returns when every call that was
@@ -52,8 +56,9 @@ type Runtime struct {
 	// made as ListenUnix does. Closing the listener neither removes the file nor what is kept of it.
 	// Nil: ListenUnix.
 	Listen func(podID, path string) (net.Listener, error)
-	// Unlisten forgets what Listen keeps of the pod's listener for another daemon. It is called when
-	// the listener is closed for good, also where nothing was kept. Nil: nothing is ever kept.
+	// Unlisten forgets what is kept for another daemon in the pod's name: the listener, and the
+	// clients' connections that no Containers had taken over. It is called when the task socket is
+	// gone for good, also where nothing was kept. Nil: nothing is ever kept.
 	Unlisten func(podID string) error
 }
 
@@ -87,6 +92,8 @@ type VirtiofsdConfig struct {
 
 // Virtiofsd is a running file system daemon.
 type Virtiofsd interface {
+	// PIDs lists its processes, none after its end.
+	PIDs() []int
 	Exited() <-chan struct{}
 	Saved() (json.RawMessage, error)
 	Stop() error
@@ -97,6 +104,8 @@ type Cgroup interface {
 	// Procs are the files into which a process is written to join, one per hierarchy.
 	Procs() []string
 	Metrics() (proto.Message, error)
+	// PIDs lists the processes that are inside.
+	PIDs() ([]int, error)
 	// Delete kills what is inside and removes the leaf; a leaf that is gone is no error.
 	Delete(ctx context.Context) error
 }
@@ -142,6 +151,10 @@ type Containers interface {
 	// Len is the number of containers that are not deleted.
 	Len() int
 }
+
+// ErrUnmanageable says that a pod lives and is whole, and that only another version of the daemon can
+// manage it. NewContainers' errors wrap it where that is so: such a pod is not stopped for it.
+var ErrUnmanageable = errors.New("another version of the daemon is needed")
 
 // console is implemented by machines that follow their guest's console.
 type console interface {
