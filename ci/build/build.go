@@ -264,7 +264,7 @@ func (t Tree) compile(ctx context.Context, p program, stamp []string) error {
 	if err != nil {
 		return fmt.Errorf("cannot build %s: %w", filepath.Base(p.output), err)
 	}
-	env := p.env
+	env, link := p.env, append([]string{p.link}, stamp...)
 	if cross {
 		env = append(slices.Clone(env), "GOARCH="+a.goarch)
 		if slices.Contains(p.env, "CGO_ENABLED=1") {
@@ -273,11 +273,13 @@ func (t Tree) compile(ctx context.Context, p program, stamp []string) error {
 				return fmt.Errorf("cannot build %s for %s: %w", filepath.Base(p.output), a.name, err)
 			}
 			env = append(env, variables...)
+			// Go's build id depends on the path of the C library, which is this machine's own affair.
+			link = append(link, "-buildid=")
 		}
 	}
 	args := []string{"build", "-trimpath", "-buildvcs=false", "-o", output}
 	args = append(args, p.flags...)
-	args = append(args, "-ldflags", strings.Join(append([]string{p.link}, stamp...), " "), p.path)
+	args = append(args, "-ldflags", strings.Join(link, " "), p.path)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = t.Root
 	cmd.Env = environment(env...)

@@ -232,7 +232,7 @@ func (b *build) configure(ctx context.Context, top, version string) error {
 
 // compile runs make and tells how far it is.
 func (b *build) compile(ctx context.Context, top string) error {
-	logPath, err := logFile()
+	logPath, err := logFile(b.arch)
 	if err != nil {
 		return err
 	}
@@ -327,10 +327,10 @@ func environment() []string {
 }
 
 // logFile is where the output of the last compilation is kept, also after a failure.
-func logFile() (string, error) {
+func logFile(arch string) (string, error) {
 	dir, err := cache.Dir()
 	if err != nil {
 		return "", err
 	}
-	return filepath.Join(dir, "kernel.log"), nil
+	return filepath.Join(dir, "kernel-"+arch+".log"), nil
 }

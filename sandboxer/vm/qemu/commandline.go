@@ -78,8 +78,8 @@ func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files
 	} else {
 		cpu := "max"
 		if arm {
-			// The architecture's own algorithm for signing pointers, which the kernel does at every
-			// call, takes TCG longer than the rest of the kernel.
+			// The kernel signs its return addresses. Computing that by the architecture's own algorithm
+			// takes TCG longer than all the rest of a boot.
 			cpu += ",pauth-impdef=on"
 		}
 		add("-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", tbSize), "-cpu", cpu)
