@@ -523,12 +523,7 @@ func (p *Pod) hold(cause error) string {
 	p.hangUp()
 	p.log.Error("this daemon cannot manage a pod that runs; it is left running until it is stopped or a daemon is started that can", "reason", cause)
 	// When the pod ends there will be no answer.
-	if err := p.undo.add(context.Background(), undoStep{name: StageTask, fn: func(context.Context) error {
-		if err := os.Remove(filepath.Join(p.dir, taskSocket)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return p.m.opts.Runtime.unlisten(p.id)
-	}}); err != nil {
+	if err := p.undo.add(context.Background(), undoStep{name: StageTask, fn: p.forgetTasks}); err != nil {
 		p.log.Warn("the task socket of the pod is not removed", "error", err)
 	}
 	p.mu.Lock()
@@ -547,6 +542,15 @@ func (p *Pod) hold(cause error) string {
 		go p.watchCgroup(g)
 	}
 	return held
+}
+
+// forgetTasks removes the task socket of a pod whose containers this daemon does not have.
+func (p *Pod) forgetTasks(context.Context) error {
+	err := os.Remove(filepath.Join(p.dir, taskSocket))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(err, p.m.opts.Runtime.unlisten(p.id))
 }
 
 // watchCgroup ends the pod when its last process has ended.
@@ -589,7 +593,10 @@ func (p *Pod) keepRecord(ctx context.Context, cause error) string {
 		if guest != nil {
 			_ = guest.close()
 		}
-		err = errors.Join(err, p.openTasks(ctx, p.shared()))
+		if terr := p.openTasks(ctx, p.shared()); terr != nil {
+			p.log.Warn("the ends of the pod's containers cannot be told any more", "error", terr)
+			err = errors.Join(err, p.undo.add(ctx, undoStep{name: StageTask, tier: recordTier, fn: p.forgetTasks}))
+		}
 	}
 	p.mu.Lock()
 	p.rec.State = Stopping

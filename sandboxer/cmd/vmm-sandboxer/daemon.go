@@ -77,8 +77,12 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		Metrics: service.recovery(dir, registry), Log: log,
 	})
 	began := time.Now()
-	// A signal must not cut this short: what is not adopted is stopped.
-	if err := manager.Recover(context.WithoutCancel(ctx)); err != nil {
+	if err := manager.Recover(ctx); err != nil {
+		manager.Close()
+		if ctx.Err() != nil {
+			log.Info("stopping during the recovery; the pods live on, and the next daemon finds them")
+			return nil
+		}
 		return err
 	}
 

@@ -70,6 +70,9 @@ func newRuntime(cfg *config.Config, dir string, store *handover.Store, log *slog
 		},
 		Unlisten: func(podID string) error {
 			sockets.forget(podID)
+			// Of a pod that this daemon could not manage, nobody took these over.
+			store.RemoveAll("task/" + podID + "/")
+			store.RemoveAll("stdio/" + podID + "/")
 			return nil
 		},
 	}
@@ -197,6 +200,13 @@ type containers struct {
 var _ container.Guest = (*pod.Guest)(nil)
 
 func newContainers(c pod.ContainersConfig, store *handover.Store) (pod.Containers, error) {
+	var records []container.Record
+	if c.Records != nil {
+		// Before anything is taken over: a daemon that can read them has use for it.
+		if err := json.Unmarshal(c.Records, &records); err != nil {
+			return nil, fmt.Errorf("%w: cannot decode the containers' records: %w", pod.ErrUnmanageable, err)
+		}
+	}
 	var share container.Storage = noStorage{}
 	if s, ok := c.Share.(*storage.Share); ok {
 		share = s
@@ -222,10 +232,6 @@ func newContainers(c pod.ContainersConfig, store *handover.Store) (pod.Container
 		return nil, errors.Join(err, made.Close())
 	}
 	if c.Records != nil {
-		var records []container.Record
-		if err := json.Unmarshal(c.Records, &records); err != nil {
-			return nil, errors.Join(fmt.Errorf("cannot decode the containers' records: %w", err), made.Close())
-		}
 		if err := set.Restore(ctx, records); err != nil {
 			return nil, errors.Join(fmt.Errorf("cannot restore the containers: %w", err), made.Close())
 		}
