@@ -53,7 +53,7 @@ func console(c *call, f *flag.FlagSet) func(context.Context, []string) error {
 			if char >= 0 {
 				hint = "; " + *escape + " leaves"
 			}
-			fmt.Fprintf(c.err, "Connected to the debug console of pod %s%s.\r\n", short(i.ID), hint)
+			fmt.Fprintf(c.err, "Connected to the debug console of pod %s%s.\n", short(i.ID), hint)
 			return interact(ctx, conn, c.in, out, char)
 		}
 		return script(ctx, conn, c.in, c.out)
