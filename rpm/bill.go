@@ -108,9 +108,10 @@ func (p pack) program(b *biller, element string, data []byte) error {
 	if err != nil {
 		return fmt.Errorf("cannot read what it was built from: %w", err)
 	}
-	b.relate(element, staticLink, b.add("go-std", golang("stdlib", strings.TrimPrefix(info.GoVersion, "go"), "")))
+	b.standardLibrary(element, info)
 	for _, m := range info.Deps {
-		if m.Replace != nil {
+		// What is replaced by a folder keeps its name.
+		if m.Replace != nil && m.Replace.Version != "" {
 			m = m.Replace
 		}
 		b.module(element, m)
@@ -158,7 +159,7 @@ func (p pack) console(b *biller, element string, data []byte) error {
 	if err != nil {
 		return fmt.Errorf("the console: cannot read what it was built from: %w", err)
 	}
-	b.relate(element, staticLink, b.add("go-std", golang("stdlib", strings.TrimPrefix(info.GoVersion, "go"), "")))
+	b.standardLibrary(element, info)
 	gomod := filepath.Join(p.Root, "guest/initrd/console/go.mod")
 	text, err := os.ReadFile(gomod)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -235,6 +236,12 @@ func (b *biller) file(p part) string {
 	return id
 }
 
+// standardLibrary adds Go's own, under the name that scanners know.
+func (b *biller) standardLibrary(element string, info *debug.BuildInfo) {
+	version := strings.TrimPrefix(info.GoVersion, "go")
+	b.relate(element, staticLink, b.add("go-stdlib-"+version, golang("stdlib", version, "")))
+}
+
 func (b *biller) module(element string, m *debug.Module) {
 	b.relate(element, staticLink, b.add("go-"+m.Path+"-"+m.Version, golang(m.Path, m.Version, m.Sum)))
 }
@@ -247,8 +254,8 @@ func golang(name, version, sum string) spdxPackage {
 	p := spdxPackage{
 		Name: name, VersionInfo: version, DownloadLocation: noAssertion,
 		LicenseConcluded: noAssertion, LicenseDeclared: noAssertion, CopyrightText: noAssertion,
-		// In a purl the last element of the path is the name, and the rest the namespace; "/" stays as it is.
-		ExternalRefs: purl("pkg:golang/" + name + "@" + strings.ReplaceAll(version, "+", "%2B")),
+		// Package URLs have modules in lower case.
+		ExternalRefs: purl("pkg:golang/" + strings.ToLower(name) + "@" + strings.ReplaceAll(version, "+", "%2B")),
 		Purpose:      "LIBRARY",
 	}
 	if sum != "" {

@@ -25,26 +25,46 @@ import (
 // epoch is the time of the packages of these tests.
 var epoch = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
-// standIn compiles a small Go program, once.
-var standIn = sync.OnceValues(func() ([]byte, error) {
+// standIn compiles a small Go program with modules linked into it, once.
+var standIn = sync.OnceValues(func() ([]byte, error) { return compile("CGO_ENABLED=0") })
+
+// linked are modules of this repository that the stand-in has.
+var linked = []string{"github.com/BurntSushi/toml", "github.com/hashicorp/yamux"}
+
+func compile(cgo string) ([]byte, error) {
 	dir, err := os.MkdirTemp("", "rpm-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	for name, text := range map[string]string{"go.mod": "module example.org/standin\n\ngo 1.26\n", "main.go": "package main\n\nfunc main() {}\n"} {
+	sums, err := os.ReadFile("../go.sum")
+	if err != nil {
+		return nil, err
+	}
+	gomod, err := os.ReadFile("../go.mod")
+	if err != nil {
+		return nil, err
+	}
+	// The modules in the versions of this one are in the cache already.
+	_, requires, _ := strings.Cut(string(gomod), "\nrequire (")
+	gomod = []byte("module example.org/standin\n\ngo 1.26.0\n\nrequire (" + requires)
+	main := "package main\n\nimport (\n"
+	for _, m := range linked {
+		main += fmt.Sprintf("\t_ %q\n", m)
+	}
+	for name, text := range map[string]string{"go.mod": string(gomod), "go.sum": string(sums), "main.go": main + ")\n\nfunc main() {}\n"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			return nil, err
 		}
 	}
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", "program")
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off")
+	cmd.Env = append(os.Environ(), cgo, "GOFLAGS=-mod=mod", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%w\n%s", err, out)
 	}
 	return os.ReadFile(filepath.Join(dir, "program"))
-})
+}
 
 // hostArch is the architecture of stand-in programs.
 func hostArch() string {
