@@ -179,13 +179,14 @@ func build(ctx context.Context, o Options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return publish(filepath.Join(o.Output, format.ConventionalFileName(info)), members, func(w io.Writer) error {
+	return publish(filepath.Join(o.Output, format.ConventionalFileName(info)), members, o.Time, func(w io.Writer) error {
 		return format.Package(info, w)
 	})
 }
 
-// publish writes a file that is either whole or not there, and not larger than Limit.
-func publish(path string, members []member, write func(io.Writer) error) (string, error) {
+// publish writes a file that is either whole or not there, and not larger than Limit. Its time is at, for
+// the metadata of repositories have it.
+func publish(path string, members []member, at time.Time, write func(io.Writer) error) (string, error) {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
@@ -209,7 +210,7 @@ func publish(path string, members []member, write func(io.Writer) error) (string
 	if err := f.Chmod(0o644); err != nil {
 		return "", err
 	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+	if err := errors.Join(f.Sync(), f.Close(), os.Chtimes(f.Name(), at, at)); err != nil {
 		return "", err
 	}
 	return path, os.Rename(f.Name(), path)

@@ -174,7 +174,7 @@ func TestReproducible(t *testing.T) {
 	if want := "kuasar-0.1.0~dev-1." + hostArch() + ".rpm"; filepath.Base(path) != want {
 		t.Errorf("the file is %s, not %s", filepath.Base(path), want)
 	}
-	if info, err := os.Stat(path); err != nil || info.Mode() != 0o644 {
+	if info, err := os.Stat(path); err != nil || info.Mode() != 0o644 || !info.ModTime().Equal(epoch) {
 		t.Errorf("%v, %v", info, err)
 	}
 	o := elsewhere(t)
@@ -295,7 +295,7 @@ func TestWhatDoesNotFit(t *testing.T) {
 func TestTooLarge(t *testing.T) {
 	members := []member{{path: "/small", size: 1}, {path: "/large", size: Limit}, {path: "/dir"}}
 	dir := t.TempDir()
-	_, err := publish(filepath.Join(dir, "x.rpm"), members, func(w io.Writer) error {
+	_, err := publish(filepath.Join(dir, "x.rpm"), members, epoch, func(w io.Writer) error {
 		_, err := w.Write(make([]byte, Limit+1))
 		return err
 	})

@@ -101,8 +101,8 @@ func Repo(ctx context.Context, tree build.Tree, out io.Writer) error {
 	if committed.IsZero() {
 		return fmt.Errorf("cannot make a repository: the time of what is packaged is not known: set SOURCE_DATE_EPOCH or build in a repository")
 	}
-	// With a fixed revision the same packages have the same metadata. dnf only fetches it anew if the
-	// revision or a checksum differs, and the latter does with any package.
+	// With the time of the source as revision, the same packages have the same metadata. dnf looks at the
+	// checksums in it too, so that other packages of the same time are noticed.
 	revision := fmt.Sprint(committed.Unix())
 	cmd := exec.CommandContext(ctx, "createrepo_c", "--quiet", "--no-database", "--workers=1",
 		"--revision="+revision, "--set-timestamp-to-revision", dir)

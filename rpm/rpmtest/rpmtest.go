@@ -110,7 +110,7 @@ func (p Package) write(dir string) (path string, err error) {
 	if err != nil {
 		return "", err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	defer func() { err = errors.Join(err, f.Close(), os.Chtimes(path, at, at)) }()
 	return path, format.Package(info, f)
 }
 
