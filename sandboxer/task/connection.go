@@ -2,6 +2,7 @@ package task
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -38,8 +39,9 @@ const (
 )
 
 var (
-	errGone   = fmt.Errorf("the client has closed its connection: %w", context.Canceled)
-	errBroken = fmt.Errorf("the client broke the protocol: %w", context.Canceled)
+	errNotKept = errors.New("it was not kept")
+	errGone    = fmt.Errorf("the client has closed its connection: %w", context.Canceled)
+	errBroken  = fmt.Errorf("the client broke the protocol: %w", context.Canceled)
 )
 
 // inbox and outbox are *handover.Inbox and *handover.Outbox.
@@ -137,15 +139,39 @@ func newConnection(s *Server, number uint64, conn socket, in inbox, out outbox) 
 	return c, nil
 }
 
-// open makes a connection of one that was accepted, and gives the store a copy before anything is
-// read. If it fails, conn is closed.
-func open(s *Server, number uint64, conn socket) (_ *connection, err error) {
+// open makes a connection of one that was accepted. If it fails, conn is closed.
+func open(s *Server, number uint64, conn socket) (*connection, error) {
+	// At once: until it is kept, a daemon that dies takes it along.
+	err := keep(s, number, conn)
+	c, openErr := openKept(s, number, conn, err == nil)
+	if err != nil {
+		s.log.Warn("a client's connection will not survive the daemon", "connection", number, "error", err)
+	}
+	return c, openErr
+}
+
+func keep(s *Server, number uint64, conn socket) error {
+	if !s.store.Lasting() {
+		return nil
+	}
+	f, err := conn.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return s.store.Put(s.name(number, "conn"), f)
+}
+
+// openKept goes on with a connection of which nothing was read yet, and keeps the files that it
+// needs before anything is. If it fails, conn is closed and nothing is kept.
+func openKept(s *Server, number uint64, conn socket, kept bool) (_ *connection, err error) {
 	var in *handover.Inbox
 	var out *handover.Outbox
 	defer func() {
 		if err == nil {
 			return
 		}
+		unkeep(s, number)
 		conn.Close()
 		if in != nil {
 			in.Close()
@@ -160,30 +186,39 @@ func open(s *Server, number uint64, conn socket) (_ *connection, err error) {
 	if out, err = handover.NewOutbox(); err != nil {
 		return nil, err
 	}
-	if s.store.Lasting() {
-		if err := keep(s, number, conn, in, out); err != nil {
-			s.store.RemoveAll(s.name(number, ""))
+	if kept {
+		prefix := s.name(number, "")
+		err := s.store.PutAll(prefix, in.Files())
+		if err == nil {
+			err = s.store.PutAll(prefix, out.Files())
+		}
+		if err != nil {
+			unkeep(s, number)
 			s.log.Warn("a client's connection will not survive the daemon", "connection", number, "error", err)
 		}
 	}
 	return newConnection(s, number, conn, in, out)
 }
 
-// keep gives the store everything. The connection comes last: where it is, the rest is, too.
-func keep(s *Server, number uint64, conn socket, in *handover.Inbox, out *handover.Outbox) error {
-	f, err := conn.File()
+// untouched tells whether nothing was read of a connection: its first request is still to be read.
+func untouched(conn socket) bool {
+	raw, err := conn.SyscallConn()
 	if err != nil {
-		return err
+		return false
 	}
-	defer f.Close()
-	prefix := s.name(number, "")
-	if err := s.store.PutAll(prefix, in.Files()); err != nil {
-		return err
+	var header [headerSize]byte
+	n := 0
+	if err := raw.Control(func(fd uintptr) { n, _, err = unix.Recvfrom(int(fd), header[:], unix.MSG_PEEK|unix.MSG_DONTWAIT) }); err != nil {
+		return false
 	}
-	if err := s.store.PutAll(prefix, out.Files()); err != nil {
-		return err
-	}
-	return s.store.Put(prefix+"conn", f)
+	return err == nil && n == headerSize && header[8] == kindRequest && binary.BigEndian.Uint32(header[4:]) == 1
+}
+
+// unkeep makes the store forget a connection: itself first, because where it is alone, nothing was read
+// of it.
+func unkeep(s *Server, number uint64) {
+	s.store.Remove(s.name(number, "conn"))
+	s.store.RemoveAll(s.name(number, ""))
 }
 
 // adopt makes a connection of what another daemon has left. files are closed, or belong to it.
@@ -213,10 +248,8 @@ func adopt(s *Server, number uint64, files map[string]*os.File) (_ *connection, 
 		delete(files, suffix)
 		return f
 	}
-	for _, suffix := range []string{"conn", "in", "pipe", "out"} {
-		if files[suffix] == nil {
-			return nil, fmt.Errorf("its file %q was not kept", suffix)
-		}
+	if files["conn"] == nil {
+		return nil, errNotKept
 	}
 	if conn, err = net.FileConn(files["conn"]); err != nil {
 		return nil, fmt.Errorf("what was kept of it is no connection: %w", err)
@@ -224,6 +257,14 @@ func adopt(s *Server, number uint64, files map[string]*os.File) (_ *connection, 
 	sock, ok := conn.(socket)
 	if !ok {
 		return nil, fmt.Errorf("what was kept of it is a %T", conn)
+	}
+	if files["in"] == nil || files["pipe"] == nil || files["out"] == nil {
+		// Nothing is read before all are kept. But a store that is full keeps less than it should.
+		if !untouched(sock) {
+			return nil, errors.New("the files that belong to it were not kept")
+		}
+		s.store.Remove(s.name(number, "in"), s.name(number, "pipe"), s.name(number, "out"))
+		return openKept(s, number, sock, true)
 	}
 	if in, err = handover.OpenInbox(take("in"), take("pipe")); err != nil {
 		return nil, err
@@ -762,5 +803,5 @@ func (c *connection) freeze(cause error) {
 // drop ends the connection and makes the store forget it.
 func (c *connection) drop(cause error) {
 	c.freeze(cause)
-	c.server.store.RemoveAll(c.server.name(c.number, ""))
+	unkeep(c.server, c.number)
 }

@@ -142,13 +142,11 @@ func (s *Server) Adopt(ctx context.Context) error {
 		}
 		c, err := adopt(s, n, files)
 		if err != nil {
-			// Without its connection the rest is what a daemon left that died while it accepted.
-			if files["conn"] != nil {
+			// What there is without it was about to be forgotten.
+			if !errors.Is(err, errNotKept) {
 				s.log.Error("a connection of a client is lost", "connection", n, "error", err)
 			}
-			for _, suffix := range left[n] {
-				s.store.Remove(s.name(n, suffix))
-			}
+			unkeep(s, n)
 			continue
 		}
 		s.mu.Lock()

@@ -69,8 +69,11 @@ type piece struct {
 // newStream makes a stream of a request. c.mu is held, or nobody else knows c.
 func newStream(c *connection, id uint32, slot int, request *ttrpc.Request) *stream {
 	st := &stream{
-		conn: c, id: id, requestSlot: slot, initSlot: -1, received: c.inbox.Mark().Count,
+		conn: c, id: id, requestSlot: slot, initSlot: -1,
 		accepted: make(chan struct{}), served: make(chan struct{}),
+	}
+	if c.outbox.Base() > 0 {
+		st.received = c.inbox.Mark().Count // without a base nobody has begun, and the count means nothing
 	}
 	st.ctx, st.stop = callContext(c.life, request)
 	st.ctx, st.cancel = context.WithCancelCause(st.ctx)
