@@ -26,7 +26,8 @@ type bench struct {
 	kernel, initrd string
 }
 
-// needBench skips unless the tests that boot machines are wanted and possible.
+// needBench skips unless the tests that boot machines are wanted and possible. ARCH=aarch64 boots,
+// on x86_64, what "ARCH=aarch64 go tool mage build" makes.
 func needBench(t *testing.T, accelerator string) bench {
 	t.Helper()
 	if os.Getenv("KUASAR_E2E") == "" {
@@ -39,13 +40,20 @@ func needBench(t *testing.T, accelerator string) bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := bench{kernel: filepath.Join(root, "out/vmlinux.bin"), initrd: filepath.Join(root, "out/kuasar.initrd")}
+	out, program := filepath.Join(root, "out"), ""
+	if arch := os.Getenv("ARCH"); arch != "" {
+		out = filepath.Join(out, arch)
+		if program, err = exec.LookPath("qemu-system-" + arch); err != nil {
+			t.Skip(err)
+		}
+	}
+	b := bench{kernel: filepath.Join(out, "vmlinux.bin"), initrd: filepath.Join(out, "kuasar.initrd")}
 	for _, path := range []string{b.kernel, b.initrd} {
 		if _, err := os.Stat(path); err != nil {
 			t.Skipf("%v; build it with mage", err)
 		}
 	}
-	b.driver, err = qemu.New(qemu.Config{Accelerator: accelerator, Kernel: b.kernel, Log: quiet()})
+	b.driver, err = qemu.New(qemu.Config{Path: program, Accelerator: accelerator, Kernel: b.kernel, Log: quiet()})
 	if err != nil {
 		t.Skip(err)
 	}

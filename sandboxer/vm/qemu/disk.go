@@ -21,7 +21,13 @@ import (
 )
 
 // unplugTimeout bounds the wait for the guest to let a disk go, where the caller set no earlier one.
-const unplugTimeout = 15 * time.Second
+const unplugTimeout = 20 * time.Second
+
+// unplugAgain is when a guest is asked again that has not let a disk go. A guest that is still
+// switching the disk's slot on overhears the first request, where the slot is a PCIe one and nothing
+// remembers it: on aarch64. Otherwise it takes 6 s there, and a request within the first 5 of them
+// would take the one before it back.
+var unplugAgain = 8 * time.Second
 
 // disks are the plugged-in disks. A disk's device and its block node are both called
 // disk-<root port>-<serial>, so that QEMU itself remembers everything about them.
@@ -233,26 +239,20 @@ func (m *Machine) detachDisk(ctx context.Context, serial string) error {
 		return nil
 	}
 	id := diskID(port, serial)
-	if !m.disks.isDeleted(port) {
-		err := c.Execute(ctx, "device_del", map[string]string{"id": id}, nil)
-		var refused *qmp.Error
-		if errors.As(err, &refused) {
-			if refused.Class == "DeviceNotFound" {
-				m.disks.mu.Lock()
-				m.disks.deleted[port] = true
-				m.disks.mu.Unlock()
-			} else if !strings.Contains(refused.Desc, "unplug") {
-				return err
-			} // else an earlier request is still being considered by the guest
-		} else if err != nil {
-			return err
-		}
+	if err := m.unplug(ctx, c, port, id); err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, unplugTimeout)
 	defer cancel()
+	again := time.NewTicker(unplugAgain)
+	defer again.Stop()
 	for !m.disks.isDeleted(port) {
 		select {
 		case <-m.disks.changed:
+		case <-again.C:
+			if err := m.unplug(ctx, c, port, id); err != nil {
+				return err
+			}
 		case <-m.exited:
 			return vm.ErrGone
 		case <-ctx.Done():
@@ -266,6 +266,26 @@ func (m *Machine) detachDisk(ctx context.Context, serial string) error {
 		}
 	}
 	m.disks.free(port)
+	return nil
+}
+
+// unplug asks the guest, through QEMU, to let the device id in a root port go.
+func (m *Machine) unplug(ctx context.Context, c *qmp.Client, port int, id string) error {
+	if m.disks.isDeleted(port) {
+		return nil
+	}
+	err := c.Execute(ctx, "device_del", map[string]string{"id": id}, nil)
+	var refused *qmp.Error
+	switch {
+	case !errors.As(err, &refused):
+		return err
+	case refused.Class == "DeviceNotFound":
+		m.disks.mu.Lock()
+		m.disks.deleted[port] = true
+		m.disks.mu.Unlock()
+	case !strings.Contains(refused.Desc, "unplug"):
+		return err
+	} // else an earlier request is still being considered by the guest
 	return nil
 }
 

@@ -3,6 +3,8 @@ package qemu
 import (
 	"context"
 	"log/slog"
+	"testing"
+	"time"
 
 	"kuasar.io/kuasar/sandboxer/vm"
 )
@@ -15,6 +17,13 @@ func DropMonitor(machine vm.Machine) {
 	m.mu.Unlock()
 	client.Close()
 	console.conn.Close()
+}
+
+// AskAgainAfter sets when a guest is asked again to let a disk go, until the test ends.
+func AskAgainAfter(t testing.TB, d time.Duration) {
+	before := unplugAgain
+	unplugAgain = d
+	t.Cleanup(func() { unplugAgain = before })
 }
 
 // TryKVM boots the kernel as New does to find out whether KVM works.

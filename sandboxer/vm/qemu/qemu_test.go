@@ -654,6 +654,18 @@ func TestGuestKeepsDisk(t *testing.T) {
 	}
 }
 
+func TestGuestOverhearsThatADiskIsToGo(t *testing.T) {
+	_, m := start(t, vmtest.Behaviour{DeafToUnplug: 1}, plainSpec(t))
+	ctx := deadline(t, 20*time.Second)
+	if err := m.AttachDisk(ctx, vm.Disk{Path: makeDisk(t), Serial: "vol"}); err != nil {
+		t.Fatal(err)
+	}
+	qemu.AskAgainAfter(t, 10*time.Millisecond)
+	if err := m.DetachDisk(ctx, "vol"); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestRestore(t *testing.T) {
 	spec := plainSpec(t)
 	d, first := start(t, vmtest.Behaviour{Agent: true}, spec)

@@ -41,6 +41,8 @@ type Behaviour struct {
 	HelloBytes []byte
 	// IgnoreQuit and IgnoreUnplug make the program refuse to end, and the guest to let go.
 	IgnoreQuit, IgnoreUnplug bool
+	// DeafToUnplug is how often the guest overhears that it is to let a disk go.
+	DeafToUnplug int
 	// Refuse is a command that is answered with an error.
 	Refuse string
 }
@@ -460,6 +462,10 @@ func (s *standIn) deleteDevice(args json.RawMessage, _ *os.File) (any, error) {
 		return nil, &Refusal{"DeviceNotFound", fmt.Sprintf("Device '%s' not found", a.ID)}
 	}
 	if s.behaviour.IgnoreUnplug {
+		return nil, nil
+	}
+	if s.behaviour.DeafToUnplug > 0 {
+		s.behaviour.DeafToUnplug--
 		return nil, nil
 	}
 	delete(s.disks, a.ID)
