@@ -30,10 +30,7 @@ func Kernel(ctx context.Context) error { return tree.Kernel(ctx) }
 func Initrd(ctx context.Context) error { return tree.Initrd(ctx) }
 
 // Package makes out/rpm/kuasar-<version>-<release>.<arch>.rpm, signed with RPM_SIGNING_KEY if it is set.
-func Package(ctx context.Context) error {
-	_, err := release.Package(ctx, tree, os.Stdout)
-	return err
-}
+func Package(ctx context.Context) error { return release.Package(ctx, tree, os.Stdout) }
 
 // Repo makes what is in out/rpm a repository, and shows how to install from it.
 func Repo(ctx context.Context) error { return release.Repo(ctx, tree, os.Stdout) }

@@ -36,23 +36,28 @@ func (k Key) there() bool { return k.private != "" }
 
 // Package builds what is in the package and then the package, of release RELEASE in the environment, and
 // says on out where it is. It needs neither root nor RPM's tools.
-func Package(ctx context.Context, tree build.Tree, out io.Writer) (path string, err error) {
+func Package(ctx context.Context, tree build.Tree, out io.Writer) error {
 	if err := tree.Everything(ctx); err != nil {
-		return "", err
+		return err
 	}
+	path, err := rpm.Build(ctx, options(ctx, tree))
+	if err != nil {
+		return err
+	}
+	return describe(path, out)
+}
+
+// options are those of the tree's package.
+func options(ctx context.Context, tree build.Tree) rpm.Options {
 	version, commit, committed := tree.Stamp(ctx)
 	key := EnvironmentKey()
-	path, err = rpm.Build(ctx, rpm.Options{
+	return rpm.Options{
 		Root: tree.Root, Arch: tree.Architecture(), Version: version, Release: os.Getenv("RELEASE"), Commit: commit, Time: committed,
 		Sandboxer: tree.Path(build.Sandboxer), Ctl: tree.Path(build.Ctl), Kernel: tree.Path(build.Kernel), Initrd: tree.Path(build.Initrd),
 		Libraries:  rpm.HostLibraries(ctx, tree.Architecture()),
 		SigningKey: key.private, SigningPassphrase: key.passphrase,
 		Output: folder(tree),
-	})
-	if err != nil {
-		return "", err
 	}
-	return path, describe(path, out)
 }
 
 func folder(tree build.Tree) string { return filepath.Join(tree.Root, build.Out, Folder) }

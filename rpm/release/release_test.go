@@ -2,6 +2,7 @@ package release
 
 import (
 	"crypto"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,8 +13,10 @@ import (
 	"github.com/ProtonMail/go-crypto/openpgp"
 	"github.com/ProtonMail/go-crypto/openpgp/armor"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
+	"github.com/goreleaser/nfpm/v2"
+	_ "github.com/goreleaser/nfpm/v2/rpm"
+
 	"kuasar.io/kuasar/ci/build"
-	"kuasar.io/kuasar/rpm/rpmtest"
 )
 
 func signingKey(t *testing.T) string {
@@ -37,14 +40,37 @@ func signingKey(t *testing.T) string {
 	return text.String()
 }
 
+// empty writes a package without files into dir and returns its path.
+func empty(t *testing.T, dir, version string) string {
+	t.Helper()
+	at := time.Unix(1, 0)
+	info := nfpm.WithDefaults(&nfpm.Info{
+		Name: "kuasar", Arch: "all", Version: version, VersionSchema: "none", Release: "1", Description: "Stands in.", MTime: at,
+		Overridables: nfpm.Overridables{RPM: nfpm.RPM{BuildHost: "localhost"}},
+	})
+	format, err := nfpm.Get("rpm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, format.ConventionalFileName(info))
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(format.Package(info, f), f.Close(), os.Chtimes(path, at, at)); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // metadataOf makes a folder with one package and metadata.
 func metadataOf(t *testing.T) repository {
 	t.Helper()
 	dir := t.TempDir()
-	packages, err := rpmtest.Write(dir, rpmtest.Stub("kuasar", "1"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	packages := []string{empty(t, dir, "1")}
 	if err := os.MkdirAll(filepath.Join(dir, "repodata"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -133,9 +159,8 @@ func TestRepo(t *testing.T) {
 	made := func() string {
 		root := t.TempDir()
 		dir := filepath.Join(root, build.Out, Folder)
-		if _, err := rpmtest.Write(dir, rpmtest.Stub("kuasar", "1"), rpmtest.Stub("kuasar", "2")); err != nil {
-			t.Fatal(err)
-		}
+		empty(t, dir, "1")
+		empty(t, dir, "2")
 		var out strings.Builder
 		if err := Repo(t.Context(), build.Tree{Root: root}, &out); err != nil {
 			t.Fatal(err)
