@@ -43,6 +43,12 @@ func check(s settings, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	// The hypervisor is asked what it is. Whether KVM works is not tried, for that boots a guest.
+	asked := *cfg
+	asked.Hypervisor.Accelerator = config.AcceleratorTCG
+	if _, err := newDriver(&asked, s.dir, slog.New(slog.DiscardHandler)); err != nil {
+		return err
+	}
 	for _, note := range cfg.Notes {
 		fmt.Fprintf(stderr, "%s: %s\n", s.config, note)
 	}

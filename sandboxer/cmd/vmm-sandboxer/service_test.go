@@ -284,8 +284,10 @@ func TestLiveness(t *testing.T) {
 func TestReload(t *testing.T) {
 	dir := shortDir(t)
 	path := filepath.Join(dir, "config.toml")
-	for _, name := range []string{"kernel", "initrd", "hypervisor"} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte("x"), 0o755); err != nil {
+	for name, content := range map[string]string{
+		"kernel": "k", "initrd": "i", "hypervisor": "#!/bin/sh\necho QEMU emulator version 7.2.0\n", "other": "#!/bin/sh\necho StratoVirt 2.4.0\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -357,6 +359,13 @@ func TestReload(t *testing.T) {
 		if err := run(t.Context(), args, io.Discard, io.Discard); err == nil {
 			t.Errorf("--check accepts %s", bad)
 		}
+	}
+	if err := os.Rename(filepath.Join(dir, "other"), filepath.Join(dir, "hypervisor")); err != nil {
+		t.Fatal(err)
+	}
+	write("info")
+	if err := run(t.Context(), args, io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), "StratoVirt 2.4.0") {
+		t.Errorf("--check of another hypervisor: %v", err)
 	}
 	if err := run(t.Context(), append(args, "--log-level", "loud"), io.Discard, io.Discard); err == nil {
 		t.Error("--check accepts the log level loud")
