@@ -136,7 +136,8 @@ func info(s pod.Status) (map[string]string, error) {
 		NetNS      string            `json:"netns"`
 		Stages     map[string]string `json:"bootStages"`
 		Reason     string            `json:"reason,omitempty"`
-	}{s.Hypervisor, s.NetNS, stages, s.Reason})
+		Held       string            `json:"held,omitempty"`
+	}{s.Hypervisor, s.NetNS, stages, s.Reason, s.Held})
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the pod's status: %w", err)
 	}

@@ -20,6 +20,10 @@
 //     a process that could not be killed.
 //   - Tearing down never needs the guest. Where the guest is asked for something, the answer is
 //     awaited for a moment only.
+//   - A pod outlives the daemon in every state. Another daemon takes it over with proof that what its
+//     journal names is the pod's and lives; see Manager.Recover. It ends a pod only if it knows that
+//     the pod cannot go on, and one that only another version of the daemon can manage it holds: such
+//     a pod counts as ready and is not touched.
 //   - A pod that nobody will ask for again, because its Start failed or never came, removes itself.
 //   - A stopped pod keeps its state directory and its task socket until Shutdown: its client still
 //     has to learn how the containers ended.
