@@ -66,13 +66,13 @@ func (s *shelf) niche(token string, kind guestio.Kind) niche {
 }
 
 // siblings are the niches, for one kind of stream, that were filled under other tokens of a process.
-func (s *shelf) siblings(id, execID string, kind guestio.Kind) []niche {
+func (s *shelf) siblings(id, execID, token string, kind guestio.Kind) []niche {
 	var found []niche
-	tail := fmt.Sprintf("%s-%d", processHash(id, execID), kind)
+	tail, own := fmt.Sprintf("%s-%d", processHash(id, execID), kind), s.niche(token, kind).prefix
 	for _, name := range s.store.Names(s.prefix) {
 		dir, _, _ := strings.Cut(strings.TrimPrefix(name, s.prefix), "/")
 		prefix := s.prefix + dir + "/"
-		if strings.HasSuffix(dir, tail) && (len(found) == 0 || found[len(found)-1].prefix != prefix) {
+		if strings.HasSuffix(dir, tail) && prefix != own && (len(found) == 0 || found[len(found)-1].prefix != prefix) {
 			found = append(found, niche{shelf: s, prefix: prefix})
 		}
 	}

@@ -195,7 +195,7 @@ func (t *stdio) openOutput(o *output) error {
 	if id != "" {
 		o.sink, err = t.streams.claimOutput(id, o.offset)
 	} else {
-		for _, left := range t.shelf.siblings(t.id, t.execID, o.kind) {
+		for _, left := range t.shelf.siblings(t.id, t.execID, t.token, o.kind) {
 			left.clear()
 		}
 		o.sink, err = openFIFOSink(path, t.shelf.niche(t.token, o.kind), o.offset, t.log)
@@ -216,7 +216,7 @@ func (t *stdio) openInput(hold bool) error {
 	if id != "" {
 		in.source, err = t.streams.claimInput(id, t.log)
 	} else {
-		in.source, err = openFIFOSource(path, n, t.shelf.siblings(t.id, t.execID, guestio.Stdin), hold, t.log)
+		in.source, err = openFIFOSource(path, n, t.shelf.siblings(t.id, t.execID, t.token, guestio.Stdin), hold, t.log)
 	}
 	if err == nil {
 		in.box, err = openInbox(n)

@@ -108,6 +108,9 @@ func New(t testing.TB) *Guest {
 	return g
 }
 
+// Streams is the Unix socket at which Dial finds the standard streams, for a host in another process.
+func (g *Guest) Streams() string { return g.listener.Addr().String() }
+
 // Task implements container.Guest.
 func (g *Guest) Task() task.TTRPCTaskService { return (*taskService)(g) }
 
@@ -235,6 +238,9 @@ func (g *Guest) lookup(id, execID string) (*Process, error) {
 
 // add creates a process with its streams.
 func (g *Guest) add(id, execID string, spec *specs.Process, stdin, stdout, stderr string) error {
+	if _, err := g.lookup(id, execID); err == nil {
+		return status.Errorf(codes.AlreadyExists, "process %q of %q exists", execID, id)
+	}
 	p := &Process{ID: id, ExecID: execID, Spec: spec, done: make(chan struct{})}
 	p.ctx, p.kill = context.WithCancel(context.Background())
 	for _, s := range []struct {
@@ -300,6 +306,9 @@ func (s *sandboxService) PrepareContainer(ctx context.Context, r *protocol.Prepa
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.specs[r.GetContainerId()] != nil {
+		return nil, status.Errorf(codes.AlreadyExists, "container %q exists", r.GetContainerId())
+	}
 	g.specs[r.GetContainerId()] = spec
 	g.raw[r.GetContainerId()] = r.GetSpec()
 	return &protocol.PrepareContainerResponse{}, nil
@@ -386,6 +395,9 @@ func (s *taskService) Start(ctx context.Context, r *task.StartRequest) (*task.St
 	if err != nil {
 		return nil, err
 	}
+	if p.started {
+		return nil, status.Errorf(codes.FailedPrecondition, "process %q of %q has been started", p.ExecID, p.ID)
+	}
 	program := g.Programs[p.Spec.Args[0]]
 	if program == nil {
 		return nil, status.Errorf(codes.Unknown, "exec: %q: executable file not found in $PATH", p.Spec.Args[0])
@@ -461,6 +473,9 @@ func (s *taskService) Delete(ctx context.Context, r *task.DeleteRequest) (*task.
 		return nil, err
 	}
 	p.kill()
+	if !p.started {
+		go g.end(p, 0)
+	}
 	delete(g.procs, key(r.GetID(), r.GetExecID()))
 	return &task.DeleteResponse{ExitStatus: p.status}, nil
 }
