@@ -61,7 +61,7 @@ func same(a, b string) error {
 		return err
 	}
 	if !bytes.Equal(first, second) {
-		return errors.New("the package is not the same bytes when it is built again")
+		return errors.New("the package is not the same bytes when it is built again; did the source or out/ change meanwhile?")
 	}
 	return nil
 }
