@@ -188,13 +188,16 @@ func commands() []command {
 	}
 }
 
+// versionResult is what version says. Its names in JSON are promised in kuasar-ctl(1).
+type versionResult struct {
+	Version string `json:"version"`
+	Commit  string `json:"commit"`
+}
+
 func printVersion(c *call, _ *flag.FlagSet) func(context.Context, []string) error {
 	return func(context.Context, []string) error {
 		if c.json() {
-			return c.print(struct {
-				Version string `json:"version"`
-				Commit  string `json:"commit"`
-			}{version.Version, version.Commit})
+			return c.print(versionResult{version.Version, version.Commit})
 		}
 		_, err := fmt.Fprintln(c.out, "kuasar-ctl", version.String())
 		return err
