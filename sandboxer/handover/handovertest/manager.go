@@ -210,14 +210,13 @@ func (m *Manager) Start(cmd *exec.Cmd) error {
 		cmd.Env = os.Environ()
 	}
 	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+m.Address())
-	if len(files) > 0 {
-		// Only the process itself knows the pid that it has to find there.
-		cmd.Env = append(cmd.Env, fmt.Sprintf("LISTEN_FDS=%d", len(files)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
-		cmd.Args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
-		if cmd.Path, err = exec.LookPath("sh"); err != nil {
-			return err
-		}
-		cmd.ExtraFiles = files
+	// Only the process itself knows the pid that it has to find there. Without files it is started in
+	// the same way, so that what it inherits is the same.
+	cmd.Env = append(cmd.Env, fmt.Sprintf("LISTEN_FDS=%d", len(files)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	cmd.Args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+	if cmd.Path, err = exec.LookPath("sh"); err != nil {
+		return err
 	}
+	cmd.ExtraFiles = files
 	return cmd.Start()
 }
