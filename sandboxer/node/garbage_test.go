@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -28,7 +29,9 @@ const standIn = "KUASAR_NODE_STAND_IN"
 func TestMain(m *testing.M) {
 	if os.Getenv(standIn) != "" {
 		fmt.Println("ready")
-		select {}
+		// Until it is killed, or the test has ended.
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }
@@ -42,6 +45,9 @@ func start(t *testing.T, args ...string) int {
 	}
 	cmd := exec.Command(exe, args...)
 	cmd.Env = append(os.Environ(), standIn+"=1")
+	if _, err := cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

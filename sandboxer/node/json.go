@@ -17,8 +17,6 @@ type jsonSetting struct {
 	replaces []any
 }
 
-func (s jsonSetting) name() string { return strings.Join(s.path, ".") }
-
 // setJSON returns text with the setting in it. Everything else stays byte by byte as it is: the
 // order of the keys, the blanks, the line ends. What stands there already and means something else
 // is an error that says what it is.
@@ -26,8 +24,8 @@ func setJSON(text []byte, s jsonSetting) ([]byte, error) {
 	if len(bytes.TrimSpace(text)) == 0 {
 		text = []byte("{\n}\n")
 	}
-	var any0 any
-	if err := json.Unmarshal(text, &any0); err != nil {
+	var document any
+	if err := json.Unmarshal(text, &document); err != nil {
 		var syntax *json.SyntaxError
 		if errors.As(err, &syntax) {
 			return nil, fmt.Errorf("line %d: %w", 1+bytes.Count(text[:min(int(syntax.Offset), len(text))], []byte("\n")), err)

@@ -98,7 +98,7 @@ func dialConsole(ctx context.Context, i *pod.Inspection) (net.Conn, error) {
 	case errors.Is(err, unix.ECONNREFUSED):
 		err = errors.New("the daemon, which leads to it, does not run: systemctl start kuasar-vmm")
 	default:
-		err = rootHint(err)
+		err = asRoot(err)
 	}
 	if i.VsockCID == 0 {
 		return fail(err)

@@ -36,7 +36,7 @@ func logs(c *call, f *flag.FlagSet) func(context.Context, []string) error {
 		if err := t.begin(*lines); errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("pod %s has no console log: its virtual machine has not been started (state %s)", short(i.ID), stateOf(i))
 		} else if err != nil {
-			return rootHint(err)
+			return asRoot(err)
 		}
 		if *follow {
 			err = t.follow(ctx, func() bool {

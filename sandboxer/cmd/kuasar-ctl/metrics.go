@@ -44,7 +44,7 @@ func metrics(c *call, _ *flag.FlagSet) func(context.Context, []string) error {
 			return fmt.Errorf("no vmm-sandboxer runs on %s: systemctl start kuasar-vmm", base)
 		}
 		if err != nil {
-			return rootHint(fmt.Errorf("cannot ask the daemon for its counters: %w", err))
+			return asRoot(fmt.Errorf("cannot ask the daemon for its counters: %w", err))
 		}
 		defer conn.Close()
 		stop := context.AfterFunc(ctx, func() { conn.Close() })

@@ -85,7 +85,7 @@ func (c *call) inspections() (pods []*pod.Inspection, others []string, err error
 	}
 	ids, others, err := pod.Directories(base)
 	if err != nil {
-		return nil, nil, rootHint(err)
+		return nil, nil, asRoot(err)
 	}
 	for _, id := range ids {
 		i, err := pod.Inspect(base, id)
@@ -93,7 +93,7 @@ func (c *call) inspections() (pods []*pod.Inspection, others []string, err error
 			continue
 		}
 		if err != nil {
-			return nil, nil, rootHint(err)
+			return nil, nil, asRoot(err)
 		}
 		pods = append(pods, i)
 	}
@@ -101,14 +101,6 @@ func (c *call) inspections() (pods []*pod.Inspection, others []string, err error
 		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), strings.Compare(a.ID, b.ID))
 	})
 	return pods, others, nil
-}
-
-// rootHint says what mends a lack of permission.
-func rootHint(err error) error {
-	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
-		return fmt.Errorf("%w; the pods' state is root's: run this as root (sudo kuasar-ctl ...)", err)
-	}
-	return err
 }
 
 func list(c *call, f *flag.FlagSet) func(context.Context, []string) error {
@@ -150,20 +142,26 @@ func list(c *call, f *flag.FlagSet) func(context.Context, []string) error {
 		for _, name := range others {
 			fmt.Fprintf(c.err, "%s is no pod's: no daemon made it\n", name)
 		}
-		c.noteDaemon()
+		c.noteDaemon(len(pods))
 		return nil
 	}
 }
 
 // noteDaemon says on standard error that nobody manages the pods, if so.
-func (c *call) noteDaemon() {
+func (c *call) noteDaemon(pods int) {
 	base, err := c.base()
 	if err != nil {
 		return
 	}
-	if holder, err := pod.LockHolder(base); err == nil && holder == 0 {
-		fmt.Fprintf(c.err, "No vmm-sandboxer runs on %s: the pods live on, and nobody manages them (systemctl start kuasar-vmm)\n", base)
+	holder, err := pod.LockHolder(base)
+	if err != nil || holder != 0 {
+		return
 	}
+	what := ""
+	if pods > 0 {
+		what = ", so nobody manages these pods; what lives, lives on"
+	}
+	fmt.Fprintf(c.err, "No vmm-sandboxer runs on %s%s: systemctl start kuasar-vmm\n", base, what)
 }
 
 // idLength is how much of an id tables show, as in crictl.
@@ -214,7 +212,7 @@ func (c *call) pod(prefix string) (*pod.Inspection, error) {
 		return nil, err
 	}
 	i, err := pod.Inspect(base, id)
-	return i, rootHint(err)
+	return i, asRoot(err)
 }
 
 func (c *call) resolve(base, prefix string) (string, error) {
@@ -223,7 +221,7 @@ func (c *call) resolve(base, prefix string) (string, error) {
 	}
 	ids, _, err := pod.Directories(base)
 	if errors.Is(err, fs.ErrPermission) {
-		return "", rootHint(err)
+		return "", asRoot(err)
 	}
 	if err != nil {
 		return "", err

@@ -47,7 +47,7 @@ func setup(c *call, f *flag.FlagSet) func(context.Context, []string) error {
 		}
 		s, err := node.Host{}.PlanSetup(ctx, node.SetupOptions{Engine: engine, Handler: *handler, Config: *config, Listen: socket})
 		if err != nil {
-			return err
+			return asRoot(err)
 		}
 		result := setupResult{
 			Engine: string(engine), Handler: s.Handler, Changed: s.Changed(), DryRun: *dryRun,
@@ -55,10 +55,7 @@ func setup(c *call, f *flag.FlagSet) func(context.Context, []string) error {
 		}
 		if result.Changed && !*dryRun {
 			if err := s.Apply(ctx, time.Now()); err != nil {
-				if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
-					err = fmt.Errorf("%w; run this as root", err)
-				}
-				return err
+				return asRoot(err)
 			}
 		}
 		for _, change := range s.Changes {
@@ -74,6 +71,14 @@ func setup(c *call, f *flag.FlagSet) func(context.Context, []string) error {
 		}
 		return c.showSetup(result)
 	}
+}
+
+// asRoot says what mends a lack of permission.
+func asRoot(err error) error {
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w; run this as root (sudo kuasar-ctl ...)", err)
+	}
+	return err
 }
 
 func (c *call) showSetup(r setupResult) error {
