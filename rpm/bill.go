@@ -236,10 +236,13 @@ func (b *biller) file(p part) string {
 	return id
 }
 
-// standardLibrary adds Go's own, under the name that scanners know.
+// standardLibrary is the name by which scanners know it.
+const standardLibrary = "stdlib"
+
+// standardLibrary adds Go's own library.
 func (b *biller) standardLibrary(element string, info *debug.BuildInfo) {
 	version := strings.TrimPrefix(info.GoVersion, "go")
-	b.relate(element, staticLink, b.add("go-stdlib-"+version, golang("stdlib", version, "")))
+	b.relate(element, staticLink, b.add("go-stdlib-"+version, golang(standardLibrary, version, "")))
 }
 
 func (b *biller) module(element string, m *debug.Module) {

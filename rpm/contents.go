@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -106,8 +107,12 @@ func manual(path, from string) member {
 	return member{path: path, kind: files.TypeRPMDoc, mode: 0o644, source: from, maker: source, pack: compress}
 }
 
-// bill is where the bill of materials is installed.
-const bill = "/usr/share/doc/kuasar/kuasar.spdx.json"
+// Where what is made with the package is installed: the bill of materials, and the licences of what is in
+// the bill.
+const (
+	bill       = "/usr/share/doc/kuasar/kuasar.spdx.json"
+	thirdParty = "/usr/share/licenses/kuasar/THIRD-PARTY"
+)
 
 // members resolves the table: every source is then an absolute path of a file that is there and fits
 // the architecture. All that is wrong is reported at once.
@@ -136,15 +141,32 @@ func (p pack) members() ([]member, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	sbom, err := p.bill(parts)
+	own := func(m member, data []byte) error {
+		var err error
+		m.mode, m.size = 0o644, int64(len(data))
+		m.source, err = p.file(path.Base(m.path), data)
+		list = append(list, m)
+		return err
+	}
+	if p.Texts.Modules != "" {
+		d, err := p.document(parts)
+		if err != nil {
+			return nil, err
+		}
+		text, err := p.Texts.licences(d.Packages)
+		if err != nil {
+			return nil, err
+		}
+		parts = append(parts, part{thirdParty, text})
+		if err := own(member{path: thirdParty, kind: files.TypeRPMLicense}, text); err != nil {
+			return nil, err
+		}
+	}
+	text, err := p.bill(parts)
 	if err != nil {
 		return nil, err
 	}
-	path, err := p.file("bill", sbom)
-	if err != nil {
-		return nil, err
-	}
-	return append(list, member{path: bill, kind: files.TypeRPMDoc, mode: 0o644, source: path, size: int64(len(sbom))}), nil
+	return list, own(member{path: bill, kind: files.TypeRPMDoc}, text)
 }
 
 // A part is a file as it is packed.

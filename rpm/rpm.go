@@ -76,6 +76,8 @@ type Options struct {
 	Sandboxer, Ctl, Kernel, Initrd string
 	// Libraries are the C libraries that are linked into the agent; see HostLibraries.
 	Libraries []Library
+	// Texts are the licences of what is linked in, for the package; without Texts.Modules they are left out.
+	Texts Texts
 	// SigningKey is an armored private key or the path of one. Empty leaves the package unsigned.
 	SigningKey string
 	// SigningPassphrase unlocks SigningKey, if that is locked.

@@ -19,7 +19,10 @@ func Check(ctx context.Context, tree build.Tree, out io.Writer) error {
 	if err := host.Ensure(ctx, host.Inspect); err != nil {
 		return err
 	}
-	o := options(ctx, tree)
+	o, err := options(ctx, tree)
+	if err != nil {
+		return err
+	}
 	path, err := rpm.Build(ctx, o)
 	if err != nil {
 		return err

@@ -40,7 +40,11 @@ func Package(ctx context.Context, tree build.Tree, out io.Writer) error {
 	if err := tree.Everything(ctx); err != nil {
 		return err
 	}
-	path, err := rpm.Build(ctx, options(ctx, tree))
+	o, err := options(ctx, tree)
+	if err != nil {
+		return err
+	}
+	path, err := rpm.Build(ctx, o)
 	if err != nil {
 		return err
 	}
@@ -48,16 +52,34 @@ func Package(ctx context.Context, tree build.Tree, out io.Writer) error {
 }
 
 // options are those of the tree's package.
-func options(ctx context.Context, tree build.Tree) rpm.Options {
+func options(ctx context.Context, tree build.Tree) (rpm.Options, error) {
+	texts, err := texts(ctx)
+	if err != nil {
+		return rpm.Options{}, fmt.Errorf("cannot build the package: %w", err)
+	}
 	version, commit, committed := tree.Stamp(ctx)
 	key := EnvironmentKey()
 	return rpm.Options{
 		Root: tree.Root, Arch: tree.Architecture(), Version: version, Release: os.Getenv("RELEASE"), Commit: commit, Time: committed,
 		Sandboxer: tree.Path(build.Sandboxer), Ctl: tree.Path(build.Ctl), Kernel: tree.Path(build.Kernel), Initrd: tree.Path(build.Initrd),
 		Libraries:  rpm.HostLibraries(ctx, tree.Architecture()),
+		Texts:      texts,
 		SigningKey: key.private, SigningPassphrase: key.passphrase,
 		Output: folder(tree),
+	}, nil
+}
+
+// texts asks the go command where licences are.
+func texts(ctx context.Context) (rpm.Texts, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", "GOMODCACHE", "GOROOT").Output()
+	if err != nil {
+		return rpm.Texts{}, fmt.Errorf("go env: %w", err)
 	}
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	if len(lines) != 2 {
+		return rpm.Texts{}, fmt.Errorf("go env tells %q instead of two folders", lines)
+	}
+	return rpm.Texts{Modules: lines[0], Go: lines[1], Common: rpm.CommonTexts}, nil
 }
 
 func folder(tree build.Tree) string { return filepath.Join(tree.Root, build.Out, Folder) }
