@@ -105,7 +105,10 @@ func (n *node) testInstall(ctx context.Context, t *testing.T) {
 	if err := n.Write(sysconfig, "OPTIONS=\"--config "+qemuConfig+"\"\n"); err != nil {
 		t.Fatal(err)
 	}
-	n.configure(t, map[string]string{"accelerator": `"tcg"`})
+	n.configure(t, map[string]string{
+		"accelerator":   `"tcg"`,
+		"kernel_params": `"task.log_level=debug task.sharefs_type=virtiofs"`,
+	})
 	// The tests decide how long there is no daemon, and need not wait for the watchdog as long as a
 	// node does.
 	if err := n.Write("/etc/systemd/system/"+service+".d/tests.conf", dropIn); err != nil {
@@ -371,7 +374,7 @@ func (n *node) testReload(ctx context.Context, t *testing.T) {
 	if err := n.Write(qemuConfig, string(good)); err != nil {
 		t.Fatal(err)
 	}
-	n.configure(t, map[string]string{"log_level": `"info"`})
+	// The rest of the log is worth more at this level, should a test fail.
 	n.run(ctx, t, "systemctl", "reload", service)
 	if n.pid(t) != pid {
 		t.Error("a reload has restarted the daemon")
