@@ -396,7 +396,7 @@ func TestKill(t *testing.T) {
 	eventually(t, "the daemon listens", func() bool { return manager.Sync() == nil && len(manager.Names()) > 0 })
 	w := &work{dir: dir, socket: filepath.Join(dir, "t"), oracle: o}
 	var cancel context.CancelFunc
-	w.ctx, cancel = context.WithTimeout(context.Background(), 3*time.Minute)
+	w.ctx, cancel = context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := w.start(); err != nil {
 		t.Fatal(err)
@@ -494,6 +494,14 @@ func (w *work) start() error {
 			return w.call(c, "State", id)
 		})
 		w.again(fmt.Sprintf("in-left-%d", i), w.leave)
+		w.again(fmt.Sprintf("in-closed-%d", i), func(id string) error {
+			c, s, err := w.open(id)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			return w.inputOf(id, s, uint64(1+rand.IntN(100)))
+		})
 	}
 	for i := range 10 {
 		w.do(fmt.Sprintf("wait-%d", i), func(id string) error { return w.call(w.shared, "Wait", id) })
@@ -689,7 +697,11 @@ func (w *work) write(s streaming.TTRPCStreaming_StreamClient, most uint64) (end 
 
 // input writes all the time, closes, and sees the end.
 func (w *work) input(id string, s streaming.TTRPCStreaming_StreamClient) error {
-	end, err := w.write(s, 1<<40)
+	return w.inputOf(id, s, 1<<40)
+}
+
+func (w *work) inputOf(id string, s streaming.TTRPCStreaming_StreamClient, most uint64) error {
+	end, err := w.write(s, most)
 	if err != nil {
 		return err
 	}
