@@ -435,3 +435,20 @@ func TestGarbageTaps(t *testing.T) {
 		t.Errorf("kept %+v", found.Kept)
 	}
 }
+
+// A number that was given to another process since the look is nobody's to kill.
+func TestGarbageKillsNoSuccessor(t *testing.T) {
+	s := newScene(t)
+	pid := start(t)
+	started, err := pod.StartTime(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look := &search{Collector: s.Collector, dir: s.Dir}
+	if err := look.kill(t.Context(), process{pid: pid, started: started - 1, pod: "lost"}); err != nil || !lives(pid) {
+		t.Errorf("error %v; it lives: %v", err, lives(pid))
+	}
+	if err := look.kill(t.Context(), process{pid: pid, started: started, pod: "lost"}); err != nil || lives(pid) {
+		t.Errorf("error %v; it lives: %v", err, lives(pid))
+	}
+}
