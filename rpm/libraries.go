@@ -1,6 +1,8 @@
 package rpm
 
 import (
+	"bufio"
+	"compress/gzip"
 	"context"
 	"net/url"
 	"os"
@@ -9,18 +11,68 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+
+	"kuasar.io/kuasar/ci/cache"
 )
 
 // HostLibraries returns the C libraries that this machine links into the agent, with the versions that
-// its package manager knows. Where that does not know them, they are without one.
+// its package manager knows, or those that package build fetched. Where neither knows them, they are
+// without one.
 func HostLibraries(ctx context.Context, arch string) []Library {
-	return libraries(ctx, arch, func(ctx context.Context, name string, args ...string) string {
+	list := libraries(ctx, arch, func(ctx context.Context, name string, args ...string) string {
 		out, err := exec.CommandContext(ctx, name, args...).Output()
 		if err != nil {
 			return ""
 		}
 		return strings.TrimSpace(string(out))
 	}, glob)
+	if dir, err := cache.Dir(); err == nil {
+		fetched(list, filepath.Join(dir, "sysroot"), arch)
+	}
+	return list
+}
+
+// fetched fills in libraries of another architecture that were unpacked below dir, from Debian's packages
+// and without telling the package manager. Of several that differ, none is known to be the one.
+func fetched(list []Library, dir, arch string) {
+	for i, l := range list {
+		if l.Version != "" {
+			continue
+		}
+		versions := map[string]bool{}
+		roots, _ := filepath.Glob(filepath.Join(dir, "*"))
+		for _, root := range roots {
+			if _, err := os.Stat(filepath.Join(root, "usr/lib", triplets[arch], l.Name+".a")); err == nil {
+				versions[debianVersion(filepath.Join(root, "usr/share/doc", l.Name+"-dev", "changelog.Debian.gz"))] = true
+			}
+		}
+		for version := range versions {
+			if len(versions) == 1 {
+				list[i].from(version, "pkg:deb/"+distribution()+"/"+l.Name+"-dev")
+			}
+		}
+	}
+}
+
+var debianEntry = regexp.MustCompile(`^\S+ \(([^)]+)\)`)
+
+// debianVersion returns the version that a Debian changelog begins with, "" if there is none.
+func debianVersion(changelog string) string {
+	f, err := os.Open(changelog)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		return ""
+	}
+	line, _ := bufio.NewReader(z).ReadString('\n')
+	m := debianEntry.FindStringSubmatch(line)
+	if m == nil {
+		return ""
+	}
+	return m[1]
 }
 
 func glob(pattern string) string {

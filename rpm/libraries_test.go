@@ -2,6 +2,8 @@ package rpm
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -60,5 +62,53 @@ func TestLibraries(t *testing.T) {
 		if !slices.Equal(got, c.want) {
 			t.Errorf("%s:\n%+v\n%+v", name, got, c.want)
 		}
+	}
+}
+
+func TestFetchedLibraries(t *testing.T) {
+	dir := t.TempDir()
+	fetch := func(name, version string) {
+		root := filepath.Join(dir, name)
+		for file, text := range map[string]string{
+			"usr/lib/aarch64-linux-gnu/libseccomp.a":           "!<arch>\n",
+			"usr/share/doc/libseccomp-dev/changelog.Debian.gz": "libseccomp (" + version + ") stable; urgency=low\n\n  * libseccomp (1.0)\n",
+		} {
+			path := filepath.Join(root, file)
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			data := []byte(text)
+			if filepath.Ext(file) == ".gz" {
+				var err error
+				if data, err = compress(data); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.WriteFile(path, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	found := func(arch string) string {
+		list := []Library{{Name: "glibc", Version: "2.36"}, {Name: "libseccomp"}}
+		fetched(list, dir, arch)
+		if list[0] != (Library{Name: "glibc", Version: "2.36"}) {
+			t.Errorf("what was known became %+v", list[0])
+		}
+		return list[1].Version
+	}
+	if v := found("aarch64"); v != "" {
+		t.Errorf("of nothing: %q", v)
+	}
+	fetch("one", "2.5.4-1")
+	if v := found("aarch64"); v != "2.5.4-1" {
+		t.Errorf("of one: %q", v)
+	}
+	if v := found("x86_64"); v != "" {
+		t.Errorf("of another architecture: %q", v)
+	}
+	fetch("two", "2.5.5-1")
+	if v := found("aarch64"); v != "" {
+		t.Errorf("of two that differ: %q", v)
 	}
 }

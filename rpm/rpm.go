@@ -39,7 +39,7 @@ const (
 	packager = "Kuasar <kuasar@kuasar.io>"
 	// licences are those of all that is in the package: the appliance's own first, then those of what
 	// is linked into its programs, of the guest kernel, and of the C libraries in the agent.
-	licences = "Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MPL-2.0 AND GPL-2.0-only AND LGPL-2.1-only AND LGPL-2.1-or-later"
+	licences = "Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND MIT AND MPL-2.0 AND GPL-2.0-only AND LGPL-2.1-only AND LGPL-2.1-or-later"
 	summary  = "Runs every pod in a virtual machine of its own"
 	// compression: RPM reads zstd since 4.14. 19 is a third smaller than gzip and quicker to unpack.
 	compression = "zstd:19"
