@@ -54,8 +54,8 @@ func (p pack) table() []member {
 
 		built("/var/lib/kuasar/vmlinux.bin", p.Kernel),
 		built("/var/lib/kuasar/kuasar.initrd", p.Initrd),
-		config("/var/lib/kuasar/config_stratovirt.toml", p.arch.configuration),
-		config("/var/lib/kuasar/config_qemu.toml", "defaults/config_qemu.toml"),
+		config("/var/lib/kuasar/config_stratovirt.toml", p.arch.stratovirt),
+		config("/var/lib/kuasar/config_qemu.toml", p.arch.qemu),
 
 		config("/etc/sysconfig/kuasar-vmm", "systemd/kuasar-vmm.sysconfig"),
 		plainFile("/usr/lib/systemd/system/kuasar-vmm.service", "systemd/kuasar-vmm.service"),

@@ -83,6 +83,8 @@ func TestDependenciesAreWellFormed(t *testing.T) {
 	}
 }
 
+var machineTypes = map[string]string{"x86_64": `machine_type = "q35`, "aarch64": `machine_type = "virt`}
+
 func TestTable(t *testing.T) {
 	p := pack{Options: Options{Arch: "aarch64", Sandboxer: "s", Ctl: "c", Kernel: "k", Initrd: "i"}, arch: architectures["aarch64"]}
 	table := p.table()
@@ -114,10 +116,21 @@ func TestTable(t *testing.T) {
 	if got := at["/var/lib/kuasar/config_stratovirt.toml"].source; got != "defaults/config_stratovirt.toml" {
 		t.Errorf("aarch64 gets %s", got)
 	}
-	// What the table takes from the source tree is in it.
-	for _, arch := range architectures {
-		if _, err := os.Stat(filepath.Join("..", arch.configuration)); err != nil {
-			t.Error(err)
+	// The hypervisors are those of the architecture.
+	for name, arch := range architectures {
+		for file, want := range map[string][]string{
+			arch.stratovirt: {"/usr/bin/stratovirt", machineTypes[name]},
+			arch.qemu:       {qemu(name), machineTypes[name]},
+		} {
+			text, err := os.ReadFile(filepath.Join("..", file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, w := range want {
+				if !strings.Contains(string(text), w) {
+					t.Errorf("%s for %s lacks %s", file, name, w)
+				}
+			}
 		}
 	}
 }

@@ -88,14 +88,14 @@ type Options struct {
 
 // architectures of the package, with Go's and ELF's names for them.
 var architectures = map[string]architecture{
-	"x86_64":  {goarch: "amd64", isa: "x86-64", configuration: "defaults/config_stratovirt_x86_64.toml"},
-	"aarch64": {goarch: "arm64", isa: "aarch-64", configuration: "defaults/config_stratovirt.toml"},
+	"x86_64":  {"amd64", "x86-64", "defaults/config_stratovirt_x86_64.toml", "defaults/config_qemu.toml"},
+	"aarch64": {"arm64", "aarch-64", "defaults/config_stratovirt.toml", "defaults/config_qemu_aarch64.toml"},
 }
 
 type architecture struct {
-	goarch        string
-	isa           string // as in what rpmbuild lets packages provide
-	configuration string // of the hypervisor, relative to the root
+	goarch           string
+	isa              string // as in what rpmbuild lets packages provide
+	stratovirt, qemu string // their configuration files, relative to the root
 }
 
 // Build writes Output/kuasar-<version>-<release>.<arch>.rpm and returns its path. A file that is not
