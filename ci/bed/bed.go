@@ -16,6 +16,7 @@ import (
 	"kuasar.io/kuasar/ci/build"
 	"kuasar.io/kuasar/ci/host"
 	"kuasar.io/kuasar/ci/lint"
+	"kuasar.io/kuasar/rpm/release"
 )
 
 // Demo runs the guide's pod and shows it. KEEP and END in the environment are explained by what it
@@ -41,6 +42,7 @@ func Test(ctx context.Context, tree build.Tree) error {
 		{"unit tests of " + console, func() error { return run(ctx, tree, console, race, "test", "-race", "./...") }},
 		{"checks of the source", func() error { return lint.Run(ctx, cmp.Or(tree.Root, "."), os.Stdout) }},
 		{"builds", func() error { return prepare(ctx, tree) }},
+		{"checks of the package", func() error { return release.Check(ctx, tree, os.Stdout) }},
 		{"builds for aarch64, to be emulated", func() error { return prepareEmulated(ctx, tree, os.Stdout) }},
 		{"end-to-end tests", func() error {
 			return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, "test", "-count=1", "-timeout=30m", "-v", "./...")
