@@ -19,7 +19,7 @@ func Check(ctx context.Context, tree build.Tree, out io.Writer) error {
 	if err := host.Ensure(ctx, host.Inspect); err != nil {
 		return err
 	}
-	o, err := options(ctx, tree)
+	o, err := Options(ctx, tree)
 	if err != nil {
 		return err
 	}

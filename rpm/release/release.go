@@ -40,7 +40,7 @@ func Package(ctx context.Context, tree build.Tree, out io.Writer) error {
 	if err := tree.Everything(ctx); err != nil {
 		return err
 	}
-	o, err := options(ctx, tree)
+	o, err := Options(ctx, tree)
 	if err != nil {
 		return err
 	}
@@ -51,8 +51,8 @@ func Package(ctx context.Context, tree build.Tree, out io.Writer) error {
 	return describe(path, out)
 }
 
-// options are those of the tree's package.
-func options(ctx context.Context, tree build.Tree) (rpm.Options, error) {
+// Options are those of the package of what the tree has built already.
+func Options(ctx context.Context, tree build.Tree) (rpm.Options, error) {
 	texts, err := texts(ctx)
 	if err != nil {
 		return rpm.Options{}, fmt.Errorf("cannot build the package: %w", err)
