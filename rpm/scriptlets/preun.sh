@@ -39,7 +39,8 @@ if [ "$1" -eq 0 ]; then
         echo "kuasar: the daemon is stopped, but $pods pod(s) run on in their virtual machines."
         echo "kuasar: What is known of them is in $dir. Leave it there: when kuasar is installed again,"
         echo "kuasar: \"systemctl start kuasar-vmm\" adopts them. Then \"crictl rmp -f\" removes them;"
-        echo "kuasar: without kuasar, a reboot ends them."
+        echo "kuasar: without kuasar, a reboot ends them. The engine's connections are lost with the daemon,"
+        echo "kuasar: and it may report their containers as exited."
     fi
 fi
 exit 0
