@@ -10,6 +10,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -18,6 +19,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/sandboxer/handover/handovertest"
 )
@@ -34,6 +37,11 @@ func main() {
 }
 
 func run(pidFile, program string, args []string) (err error) {
+	// What this process happens to have inherited is not passed on: as the kept descriptors take its
+	// numbers, the daemons would differ in what they have.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("cannot keep inherited descriptors to itself: %w", err)
+	}
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
 	manager, err := handovertest.NewManager()
