@@ -11,11 +11,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"kuasar.io/kuasar/ci/build"
 	"kuasar.io/kuasar/ci/host"
 	"kuasar.io/kuasar/ci/lint"
+	"kuasar.io/kuasar/ci/repositories"
 	"kuasar.io/kuasar/rpm/release"
 )
 
@@ -44,11 +47,60 @@ func Test(ctx context.Context, tree build.Tree) error {
 		{"builds", func() error { return prepare(ctx, tree) }},
 		{"checks of the package", func() error { return release.Check(ctx, tree, os.Stdout) }},
 		{"builds for aarch64, to be emulated", func() error { return prepareEmulated(ctx, tree, os.Stdout) }},
+		{"repositories of packages", func() error {
+			_, err := repositories.Make(ctx, tree)
+			return err
+		}},
 		{"end-to-end tests", func() error {
-			return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, "test", "-count=1", "-timeout=30m", "-v", "./...")
+			others, err := packagesBut(ctx, tree, onSystemd)
+			if err != nil {
+				return err
+			}
+			return endToEnd(ctx, tree, others...)
+		}},
+		{"installation and service, with dnf and on a machine with systemd", func() error {
+			if err := host.Ensure(ctx, host.Machine, host.Install); err != nil {
+				return err
+			}
+			return endToEnd(ctx, tree, onSystemd...)
 		}},
 	}
 	return inOrder(phases, os.Stdout)
+}
+
+// onSystemd are the packages of module ci/e2e that install the appliance.
+var onSystemd = []string{"./machine", "./appliance"}
+
+// endToEnd runs tests of module ci/e2e, one package at a time: each uses all of this machine.
+func endToEnd(ctx context.Context, tree build.Tree, packages ...string) error {
+	args := append([]string{"test", "-count=1", "-timeout=30m", "-v", "-p=1"}, packages...)
+	return run(ctx, tree, e2e, []string{"KUASAR_E2E=1"}, args...)
+}
+
+// packagesBut lists the packages of module ci/e2e without some.
+func packagesBut(ctx context.Context, tree build.Tree, without []string) ([]string, error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "./...")
+	cmd.Dir = filepath.Join(tree.Root, e2e)
+	cmd.Env = append(os.Environ(), "GOWORK=off")
+	dirs, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list in %s: %w", e2e, err)
+	}
+	top, err := filepath.Abs(cmd.Dir)
+	if err != nil {
+		return nil, err
+	}
+	var packages []string
+	for _, dir := range strings.Fields(string(dirs)) {
+		relative, err := filepath.Rel(top, dir)
+		if err != nil {
+			return nil, err
+		}
+		if name := "./" + relative; !slices.Contains(without, name) {
+			packages = append(packages, name)
+		}
+	}
+	return packages, nil
 }
 
 // A phase is a part of the tests.

@@ -3,8 +3,11 @@ package bed
 import (
 	"errors"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+
+	"kuasar.io/kuasar/ci/build"
 )
 
 func TestPhasesEndWithTheFirstFailure(t *testing.T) {
@@ -24,5 +27,25 @@ func TestPhasesEndWithTheFirstFailure(t *testing.T) {
 	want := regexp.MustCompile(`^==== first\n==== first: ok, \S+\n==== second\n==== second: FAILED after \S+\n$`)
 	if !want.MatchString(out.String()) {
 		t.Errorf("it says:\n%s", out.String())
+	}
+}
+
+// Every package of the end-to-end module is in one of the two phases.
+func TestPackagesBut(t *testing.T) {
+	all, err := packagesBut(t.Context(), build.Tree{Root: "../.."}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	others, err := packagesBut(t.Context(), build.Tree{Root: "../.."}, onSystemd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range onSystemd {
+		if !slices.Contains(all, name) || slices.Contains(others, name) {
+			t.Errorf("%s is not among %q, or is among %q", name, all, others)
+		}
+	}
+	if !slices.Contains(others, "./.") || len(others) != len(all)-len(onSystemd) {
+		t.Errorf("without %q there are %q of %q", onSystemd, others, all)
 	}
 }

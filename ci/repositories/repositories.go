@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/ProtonMail/go-crypto/openpgp"
@@ -22,6 +23,7 @@ import (
 	"kuasar.io/kuasar/ci/cache"
 	"kuasar.io/kuasar/ci/host"
 	"kuasar.io/kuasar/rpm"
+	"kuasar.io/kuasar/rpm/release"
 )
 
 // Names of the repositories, which are directories. ci/e2e knows them too.
@@ -75,17 +77,15 @@ func current(ctx context.Context, tree build.Tree) (string, error) {
 	if err := host.Ensure(ctx, host.Install); err != nil {
 		return "", err
 	}
-	_, commit, committed := tree.Stamp(ctx)
-	if committed.IsZero() {
-		committed = time.Unix(0, 0).UTC()
+	options, err := release.Options(ctx, tree)
+	if err != nil {
+		return "", err
 	}
-	options := rpm.Options{
-		Root: cmp.Or(tree.Root, "."), Arch: tree.Architecture(), Commit: commit, Time: committed,
-		Sandboxer: tree.Path(build.Sandboxer), Ctl: tree.Path(build.Ctl),
-		Kernel: tree.Path(build.Kernel), Initrd: tree.Path(build.Initrd),
-		Libraries: rpm.HostLibraries(ctx, tree.Architecture()),
+	options.Root, options.Release = cmp.Or(options.Root, "."), ""
+	if options.Time.IsZero() { // outside of a repository
+		options.Time = time.Unix(0, 0).UTC()
 	}
-	key := cache.NewKey(format).Add("arch", options.Arch).Add("commit", commit).Add("libraries", fmt.Sprint(options.Libraries))
+	key := cache.NewKey(format).Add("options", fmt.Sprint(options.Arch, options.Commit, options.Time, options.Libraries))
 	for _, file := range []string{options.Sandboxer, options.Ctl, options.Kernel, options.Initrd} {
 		key.AddFile(filepath.Base(file), file)
 	}
@@ -110,14 +110,20 @@ func fill(ctx context.Context, dir, scratch string, options rpm.Options) error {
 		return err
 	}
 	at := func(name string) string { return filepath.Join(dir, name) }
-	for _, p := range []struct{ repository, root, version, key string }{
+	packages := []struct{ repository, root, version, key string }{
 		{Current, options.Root, Version, ""}, {Next, scratch, NextVersion, ""}, {Signed, options.Root, Version, private},
-	} {
+	}
+	errs := make([]error, len(packages))
+	var group sync.WaitGroup
+	for i, p := range packages {
 		o := options
-		o.Root, o.Output, o.Version, o.SigningKey = p.root, at(p.repository), p.version, p.key
-		if _, err := rpm.Build(ctx, o); err != nil {
-			return err
-		}
+		o.Root, o.Output, o.Version = p.root, at(p.repository), p.version
+		o.SigningKey, o.SigningPassphrase = p.key, ""
+		group.Go(func() { _, errs[i] = rpm.Build(ctx, o) })
+	}
+	group.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	for repository, list := range map[string][]standIn{Bare: bare(), Guide: guide(options.Arch), Plain: plain(options.Arch), Debian: debian(options.Arch)} {
 		for _, s := range list {

@@ -134,12 +134,12 @@ func (c *container) text(t *testing.T) string {
 	return text.String()
 }
 
-// counting writes numbered lines as fast as five hundred in a second, of which every tenth is longer
+// counting writes numbered lines as fast as fifty in a second, of which every tenth is longer
 // than a page.
 const counting = `i=0; long=x; while [ ${#long} -lt 5000 ]; do long=$long$long; done
 while :; do
 	case $i in *0) echo $i $long;; *) echo $i;; esac
-	i=$((i+1)); usleep 2000
+	i=$((i+1)); usleep 20000
 done`
 
 // A counter checks the log of a container that runs counting.
@@ -173,11 +173,11 @@ func (c *counter) check(t *testing.T) int {
 	return next
 }
 
-// goesOn waits until a good number of lines more are there.
+// goesOn waits until some lines more are there.
 func (c *counter) goesOn(ctx context.Context, t *testing.T) {
 	t.Helper()
 	from := c.check(t)
-	eventually(ctx, t, fmt.Sprintf("container %s writes on after line %d", c.name, from), func() bool { return c.check(t) > from+50 })
+	eventually(ctx, t, fmt.Sprintf("container %s writes on after line %d", c.name, from), func() bool { return c.check(t) > from+20 })
 }
 
 // A waiter is a container that ends with a code when a file appears, and says with another file that
