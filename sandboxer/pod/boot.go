@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -533,14 +534,14 @@ func (p *Pod) openTasks(ctx context.Context, sharedPID bool) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(p.dir, taskSocket)
-	l, err := p.m.opts.Runtime.listen(p.id, path)
+	l, err := p.listen()
 	if err != nil {
 		_ = containers.Close()
 		return err
 	}
+	path := filepath.Join(p.dir, taskSocket)
 	p.mu.Lock()
-	p.containers = containers
+	p.containers, p.listening = containers, nil
 	p.mu.Unlock()
 	if err := p.undo.add(ctx, undoStep{name: StageTask, tier: recordTier, fn: func(context.Context) error {
 		return p.closeTasks(containers, l, path)
@@ -568,4 +569,16 @@ func (p *Pod) openTasks(ctx context.Context, sharedPID bool) error {
 		return p.undo.add(ctx, undoStep{name: "debug socket", fn: func(context.Context) error { return end() }})
 	}
 	return nil
+}
+
+// listen lets clients connect to the task socket, and wait.
+func (p *Pod) listen() (net.Listener, error) {
+	if p.listening == nil {
+		l, err := p.m.opts.Runtime.listen(p.id, filepath.Join(p.dir, taskSocket))
+		if err != nil {
+			return nil, err
+		}
+		p.listening = l
+	}
+	return p.listening, nil
 }

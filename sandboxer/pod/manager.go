@@ -40,7 +40,7 @@ type Options struct {
 	// between).
 	BootLimit    time.Duration
 	CreatedLimit time.Duration
-	// RecoverLimit bounds how long Recover keeps the daemon from serving (30 s), AdoptLimit how long
+	// RecoverLimit bounds how long Recover keeps the daemon from serving (15 s), AdoptLimit how long
 	// the agent of a running machine may take to answer a new daemon (2 min).
 	RecoverLimit time.Duration
 	AdoptLimit   time.Duration
@@ -89,7 +89,7 @@ func NewManager(o Options) *Manager {
 		o.CreatedLimit = 5 * time.Minute
 	}
 	if o.RecoverLimit == 0 {
-		o.RecoverLimit = 30 * time.Second
+		o.RecoverLimit = 15 * time.Second
 	}
 	if o.AdoptLimit == 0 {
 		o.AdoptLimit = 2 * time.Minute

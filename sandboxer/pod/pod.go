@@ -56,6 +56,8 @@ type Pod struct {
 	share      Share
 	virtiofsd  Virtiofsd
 	containers Containers
+	// listening is the task socket's listener as long as nobody serves on it.
+	listening net.Listener
 	// cancelBoot ends a boot that is under way; booted is closed when it has ended.
 	cancelBoot context.CancelCauseFunc
 	booted     chan struct{}

@@ -142,6 +142,12 @@ func TestHangingRecoveries(t *testing.T) {
 		t.Errorf("its id is given again: %v", err)
 	}
 	m.sweep(t.Context(), time.Now().Add(time.Hour))
+	// Its clients wait.
+	client, err := net.Dial("unix", filepath.Join(o.Dir, hanging[2], taskSocket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
 	// A request for its end decides it.
 	for i, end := range []func() error{
 		func() error { return m.Stop(t.Context(), hanging[0], 0) },
@@ -169,6 +175,10 @@ func TestHangingRecoveries(t *testing.T) {
 		if !settled(id) {
 			t.Errorf("%s is not adopted", id)
 		}
+	}
+	line := make([]byte, 64)
+	if n, err := client.Read(line); err != nil || string(line[:n]) != "hello from "+hanging[2]+"\n" {
+		t.Errorf("a client that waited got %q, %v", line[:n], err)
 	}
 }
 

@@ -409,6 +409,9 @@ func (p *Pod) adopt(ctx context.Context) error {
 	p.mu.Lock()
 	p.share = share
 	p.mu.Unlock()
+	if _, err := p.listen(); err != nil {
+		return err
+	}
 	if err := p.reach(ctx, served); err != nil {
 		return err
 	}
@@ -501,7 +504,8 @@ func (p *Pod) greet(ctx context.Context, link guestlink.Link) (*Guest, error) {
 	return connectGuest(ctx, link, hello, p.guestLost)
 }
 
-// hangUp ends the conversation with the agent, so that another daemon can begin one.
+// hangUp ends the conversation with the agent, so that another daemon can begin one, and the one with
+// the clients, if any can have begun.
 func (p *Pod) hangUp() {
 	p.mu.Lock()
 	guest, link := p.guest, p.link
@@ -512,6 +516,10 @@ func (p *Pod) hangUp() {
 	}
 	if link != nil {
 		_ = link.Close()
+	}
+	if p.listening != nil {
+		_ = p.listening.Close() // what is kept of it is not affected
+		p.listening = nil
 	}
 }
 
@@ -595,6 +603,7 @@ func (p *Pod) keepRecord(ctx context.Context, cause error) string {
 		}
 		if terr := p.openTasks(ctx, p.shared()); terr != nil {
 			p.log.Warn("the ends of the pod's containers cannot be told any more", "error", terr)
+			p.hangUp()
 			err = errors.Join(err, p.undo.add(ctx, undoStep{name: StageTask, tier: recordTier, fn: p.forgetTasks}))
 		}
 	}

@@ -48,10 +48,11 @@ type Runtime struct {
 
 	// NewContainers makes the host's side of a pod's containers. For a pod that another daemon left it
 	// takes over the clients' connections that this one kept, and returns when every call that was
-	// outstanding on them has found its container again; it is always called before Listen.
+	// outstanding on them has found its container again. New clients are served after that only.
 	NewContainers func(ContainersConfig) (Containers, error)
 
-	// Listen returns the listener of a pod's task socket. One that an earlier daemon kept is taken
+	// Listen returns the listener of a pod's task socket. At a recovery it is called as soon as the pod
+	// is known to run, so that its clients wait until they are served instead of being refused. One that an earlier daemon kept is taken
 	// over with the clients that wait on it, and the file at path is left alone then; otherwise it is
 	// made as ListenUnix does. Closing the listener neither removes the file nor what is kept of it.
 	// Nil: ListenUnix.

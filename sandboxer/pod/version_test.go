@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -114,6 +115,7 @@ func TestDowngradeKeepsPods(t *testing.T) {
 	for name, c := range unmanageable {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
+			w.kept = map[string]net.Listener{}
 			o := testOptions(t, w)
 			mustStart(t, NewManager(o), "a")
 			w.dropDaemon()
@@ -155,6 +157,9 @@ func TestDowngradeKeepsPods(t *testing.T) {
 				t.Fatal(err)
 			}
 			checkNothingLeft(t, w, o.Dir)
+			if len(w.kept) > 0 {
+				t.Errorf("still kept: %v", w.kept)
+			}
 		})
 	}
 }
