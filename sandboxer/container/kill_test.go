@@ -1,0 +1,602 @@
+package container
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	task "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/ttrpc"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/container/guesttest"
+	"kuasar.io/kuasar/sandboxer/handover"
+	"kuasar.io/kuasar/sandboxer/handover/handovertest"
+)
+
+// daemonDir, in the environment, makes the test's binary a daemon.
+const daemonDir = "CONTAINER_TEST_DAEMON"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(daemonDir); dir != "" {
+		if err := serveDaemon(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "daemon:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// order is a call to a daemon, and the answer.
+type order struct {
+	Seq    int
+	Replay bool `json:",omitempty"`
+	Verb   string
+	ID     string
+	ExecID string   `json:",omitempty"`
+	Args   []string `json:",omitempty"`
+	IO     IO
+	Signal uint32 `json:",omitempty"`
+
+	PID   uint32 `json:",omitempty"`
+	Exit  Exit   `json:",omitzero"`
+	Error string `json:",omitempty"`
+}
+
+// farGuest is a guest in another process.
+type farGuest struct {
+	client  *ttrpc.Client
+	streams string
+}
+
+func (g farGuest) Task() task.TTRPCTaskService { return task.NewTTRPCTaskClient(g.client) }
+func (g farGuest) Sandbox() protocol.SandboxService {
+	return farSandbox{protocol.NewSandboxClient(g.client)}
+}
+func (g farGuest) Dial(ctx context.Context, _ uint32) (net.Conn, error) {
+	return (&net.Dialer{}).DialContext(ctx, "unix", g.streams)
+}
+
+type farSandbox struct{ protocol.SandboxClient }
+
+func (farSandbox) Events(context.Context, *protocol.EventsRequest, protocol.Sandbox_EventsServer) error {
+	return errors.ErrUnsupported
+}
+
+// serveDaemon runs a Set until it is killed, or hands over when it gets SIGTERM.
+func serveDaemon(dir string) error {
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	store := handover.Open(log)
+	streams, err := os.ReadFile(filepath.Join(dir, "streams"))
+	if err != nil {
+		return err
+	}
+	conn, err := net.Dial("unix", filepath.Join(dir, "guest"))
+	if err != nil {
+		return err
+	}
+	records := filepath.Join(dir, "records")
+	set := NewSet(Options{
+		PodID: "pod", Guest: farGuest{ttrpc.NewClient(conn), string(streams)}, Storage: &fakeStorage{}, Store: store, Log: log,
+		Journal: func(r []Record) {
+			text, err := json.Marshal(r)
+			if err == nil {
+				err = errors.Join(os.WriteFile(records+".new", text, 0o600), os.Rename(records+".new", records))
+			}
+			if err != nil {
+				log.Error("journal", "error", err)
+			}
+		},
+		Fail: func(err error) { log.Error("violation", "error", err) },
+	})
+	if text, err := os.ReadFile(records); err == nil {
+		var r []Record
+		if err := json.Unmarshal(text, &r); err != nil {
+			return err
+		}
+		if err := set.Restore(context.Background(), r); err != nil {
+			return err
+		}
+	}
+	var out sync.Mutex
+	terminate := make(chan os.Signal, 1)
+	signal.Notify(terminate, unix.SIGTERM)
+	go func() {
+		<-terminate
+		out.Lock() // nothing is answered any more: the orders are left to the next daemon
+		set.HandOver()
+		os.Exit(0)
+	}()
+
+	fmt.Println("ready")
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		var o order
+		if err := json.Unmarshal(in.Bytes(), &o); err != nil {
+			return err
+		}
+		go func() {
+			if err := o.perform(set); err != nil {
+				o.Error = err.Error()
+			}
+			answer, _ := json.Marshal(o)
+			out.Lock()
+			defer out.Unlock()
+			fmt.Printf("%s\n", answer)
+		}()
+	}
+	select {} // it is to be killed
+}
+
+func (o *order) perform(set *Set) error {
+	ctx := context.Background()
+	if o.Replay {
+		ctx = Replay(ctx)
+	}
+	var err error
+	switch o.Verb {
+	case "create":
+		text, _ := json.Marshal(spec(o.Args...))
+		o.PID, err = set.Create(ctx, CreateRequest{ID: o.ID, Spec: text, Rootfs: rootfs(), IO: o.IO})
+	case "exec":
+		text, _ := json.Marshal(specs.Process{Args: o.Args})
+		err = set.Exec(ctx, ExecRequest{ID: o.ID, ExecID: o.ExecID, Spec: text, IO: o.IO})
+	case "start":
+		o.PID, err = set.Start(ctx, o.ID, o.ExecID)
+	case "wait":
+		o.Exit, err = set.Wait(ctx, o.ID, o.ExecID)
+	case "kill":
+		err = set.Kill(ctx, o.ID, o.ExecID, o.Signal, false)
+	case "closeIO":
+		err = set.CloseIO(ctx, o.ID, o.ExecID, true)
+	case "delete":
+		var st State
+		st, err = set.Delete(ctx, o.ID, o.ExecID)
+		o.Exit = st.Exit
+	default:
+		err = fmt.Errorf("%q is no order", o.Verb)
+	}
+	return err
+}
+
+// mortal is a pod whose daemon is killed and started again.
+type mortal struct {
+	t       testing.TB
+	guest   *guesttest.Guest
+	manager *handovertest.Manager
+	dir     string
+	log     lockedBuffer
+
+	mu      sync.Mutex
+	seq     int
+	pending map[int]*pendingOrder
+	cmd     *exec.Cmd
+	ready   <-chan struct{} // closed when it takes orders
+	in      io.WriteCloser
+	kills   int
+}
+
+type pendingOrder struct {
+	order
+	sent bool
+	done chan order
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func newMortal(t testing.TB) *mortal {
+	dir, err := os.MkdirTemp("", "ct")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	m := &mortal{t: t, guest: guesttest.New(t), dir: dir, pending: map[int]*pendingOrder{}}
+	if m.manager, err = handovertest.NewManager(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.manager.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(dir, "streams"), []byte(m.guest.Streams()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	task.RegisterTTRPCTaskService(server, m.guest.Task())
+	protocol.RegisterSandboxService(server, m.guest.Sandbox())
+	l, err := net.Listen("unix", filepath.Join(dir, "guest"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go server.Serve(context.Background(), l)
+	t.Cleanup(func() { server.Close() })
+	m.start()
+	t.Cleanup(func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		_ = m.cmd.Process.Kill()
+		_ = m.cmd.Wait()
+		if t.Failed() {
+			t.Log(m.log.String())
+		}
+	})
+	return m
+}
+
+// start starts a daemon and repeats to it what was not answered. m.mu is held, or nobody else is
+// there.
+func (m *mortal) start() {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), daemonDir+"="+m.dir)
+	cmd.Stderr = &m.log
+	in, err := cmd.StdinPipe()
+	if err == nil {
+		m.in = in
+	}
+	out, err2 := cmd.StdoutPipe()
+	if err := errors.Join(err, err2, m.manager.Start(cmd)); err != nil {
+		panic(err)
+	}
+	m.cmd = cmd
+	answers := bufio.NewScanner(out)
+	ready := make(chan struct{})
+	m.ready = ready
+	go func() {
+		if answers.Scan() {
+			close(ready)
+		}
+		for answers.Scan() {
+			var o order
+			if err := json.Unmarshal(answers.Bytes(), &o); err != nil {
+				continue // cut in the middle by the kill
+			}
+			m.mu.Lock()
+			if p := m.pending[o.Seq]; p != nil {
+				delete(m.pending, o.Seq)
+				p.done <- o
+			}
+			m.mu.Unlock()
+		}
+	}()
+	var seqs []int
+	for seq := range m.pending {
+		seqs = append(seqs, seq)
+	}
+	slices.Sort(seqs)
+	for _, seq := range seqs {
+		m.send(m.pending[seq])
+	}
+}
+
+// send gives an order to the daemon, which may be dying. m.mu is held.
+func (m *mortal) send(p *pendingOrder) {
+	o := p.order
+	o.Replay = p.sent
+	p.sent = true
+	text, _ := json.Marshal(o)
+	_, _ = m.in.Write(append(text, '\n'))
+}
+
+// next ends the daemon, with a kill or in order, and starts another.
+func (m *mortal) next(kill bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if kill {
+		_ = m.cmd.Process.Kill()
+	} else {
+		_ = m.cmd.Process.Signal(unix.SIGTERM)
+	}
+	stuck := time.AfterFunc(patience, func() {
+		m.t.Error("a daemon does not end")
+		_ = m.cmd.Process.Signal(unix.SIGQUIT)
+	})
+	_ = m.cmd.Wait()
+	stuck.Stop()
+	m.kills++
+	m.start()
+}
+
+// harass ends so many daemons, one after the other, or fewer if the returned function is called: most
+// of them at work, some while they are restoring.
+func (m *mortal) harass(seed uint64, daemons int) (stop func()) {
+	random := rand.New(rand.NewPCG(seed, 7))
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range daemons {
+			m.mu.Lock()
+			ready := m.ready
+			m.mu.Unlock()
+			if random.IntN(6) == 0 {
+				ready = nil
+			}
+			limit := time.After(time.Duration(random.IntN(60)) * time.Millisecond)
+			if ready != nil {
+				select {
+				case <-ready:
+				case <-end:
+					return
+				case <-time.After(patience):
+					m.t.Error("a daemon does not get ready")
+					return
+				}
+				limit = time.After(time.Duration(random.IntN(60)) * time.Millisecond)
+			}
+			select {
+			case <-end:
+				return
+			case <-limit:
+				m.next(random.IntN(4) > 0)
+			}
+		}
+	}()
+	return func() { close(end); <-ended }
+}
+
+// do has an order performed, by as many daemons as it takes.
+func (m *mortal) do(o order) order {
+	m.mu.Lock()
+	m.seq++
+	o.Seq = m.seq
+	p := &pendingOrder{order: o, done: make(chan order, 1)}
+	m.pending[o.Seq] = p
+	m.send(p)
+	m.mu.Unlock()
+	select {
+	case answer := <-p.done:
+		if answer.Error != "" {
+			m.t.Errorf("%s %s %s: %s", o.Verb, o.ID, o.ExecID, answer.Error)
+		}
+		return answer
+	case <-time.After(patience):
+		m.t.Errorf("%s %s %s is not answered", o.Verb, o.ID, o.ExecID)
+		return order{}
+	}
+}
+
+// stream is n bytes that show where each of them belongs.
+func stream(n int, seed uint64) []byte {
+	b := make([]byte, 0, n+8)
+	for i := uint64(0); len(b) < n; i++ {
+		b = binary.BigEndian.AppendUint64(b, i<<8|seed)
+	}
+	return b[:n]
+}
+
+func sameBytes(t testing.TB, what string, got, want []byte) {
+	t.Helper()
+	if bytes.Equal(got, want) {
+		return
+	}
+	at := 0
+	for at < min(len(got), len(want)) && got[at] == want[at] {
+		at++
+	}
+	t.Errorf("%s: %d bytes, want %d; they differ from offset %d on: % x, want % x", what, len(got), len(want), at,
+		got[at:min(len(got), at+16)], want[at:min(len(want), at+16)])
+}
+
+// pieces writes p in pieces of random sizes.
+func pieces(w io.Writer, p []byte, seed uint64) error {
+	random := rand.New(rand.NewPCG(seed, 8))
+	for len(p) > 0 {
+		n := min(len(p), 1+random.IntN(9000))
+		if random.IntN(3) > 0 {
+			n = min(n, 1+n%200)
+		}
+		if _, err := w.Write(p[:n]); err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+	return nil
+}
+
+// TestKilledDaemons kills daemons, and lets others hand over, while a process writes to both of its
+// outputs and another one reads its input; the processes and their client must not notice.
+func TestKilledDaemons(t *testing.T) {
+	m := newMortal(t)
+	const total = 8 << 20
+	out, errs, in := stream(total, 1), stream(total/3, 2), stream(total/2, 3)
+	m.guest.Programs["talk"] = func(_ context.Context, p *guesttest.Process) uint32 {
+		var wg sync.WaitGroup
+		var failed atomic.Bool
+		wg.Go(func() { failed.Store(pieces(p.Stderr, errs, 5) != nil) })
+		if pieces(p.Stdout, out, 4) != nil {
+			return 1
+		}
+		wg.Wait()
+		if failed.Load() {
+			return 2
+		}
+		return 7
+	}
+	talker, echoer := newFIFOs(t, false), newFIFOs(t, true)
+	stop := m.harass(1, 12)
+	m.do(order{Verb: "create", ID: "talk", IO: talker.IO, Args: []string{"talk"}})
+	m.do(order{Verb: "create", ID: "cat", IO: echoer.IO, Args: []string{"cat"}})
+	talker.collect()
+	echoer.open(t)
+	echoer.collect()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		m.do(order{Verb: "start", ID: "talk"})
+		if exit := m.do(order{Verb: "wait", ID: "talk"}).Exit; exit.Status != 7 {
+			t.Errorf("talk: exit status %d", exit.Status)
+		}
+	})
+	wg.Go(func() {
+		m.do(order{Verb: "start", ID: "cat"})
+		if err := pieces(echoer.in, in, 6); err != nil {
+			t.Error(err)
+		}
+		m.do(order{Verb: "closeIO", ID: "cat"})
+		if exit := m.do(order{Verb: "wait", ID: "cat"}).Exit; exit.Status != 0 {
+			t.Errorf("cat: exit status %d", exit.Status)
+		}
+	})
+	wg.Wait()
+	stop()
+	talker.ends(t)
+	echoer.ends(t)
+	sameBytes(t, "stdout", talker.stdout.Bytes(), out)
+	sameBytes(t, "stderr", talker.stderr.Bytes(), errs)
+	sameBytes(t, "echo", echoer.stdout.Bytes(), in)
+	for _, id := range []string{"talk", "cat"} {
+		m.do(order{Verb: "delete", ID: id})
+	}
+	m.nothingLeft()
+	t.Logf("%d daemons ended", m.kills)
+	if m.kills < 5 {
+		t.Error("too few daemons ended: the test shows nothing")
+	}
+}
+
+// nothingLeft checks that no descriptor of a stream is kept.
+func (m *mortal) nothingLeft() {
+	m.t.Helper()
+	if err := m.manager.Sync(); err != nil {
+		m.t.Fatal(err)
+	}
+	var left []string
+	for _, name := range m.manager.Names() {
+		if strings.HasPrefix(name, "stdio/") {
+			left = append(left, name)
+		}
+	}
+	if left != nil {
+		m.t.Errorf("still kept: %v", left)
+	}
+}
+
+// TestKilledDaemonsWithExecs does the same to processes that live shorter than a daemon, so that the
+// calls about them are cut in the middle, too.
+func TestKilledDaemonsWithExecs(t *testing.T) {
+	m := newMortal(t)
+	m.do(order{Verb: "create", ID: "c", Args: []string{"sleep"}})
+	m.do(order{Verb: "start", ID: "c"})
+	stop := m.harass(2, 25)
+	var wg sync.WaitGroup
+	for worker := range 3 {
+		wg.Go(func() {
+			for i := range 12 {
+				m.execOnce(fmt.Sprintf("e%d-%d", worker, i), uint64(worker*100+i))
+			}
+		})
+	}
+	wg.Wait()
+	stop()
+	m.do(order{Verb: "kill", ID: "c", Signal: 9})
+	if exit := m.do(order{Verb: "wait", ID: "c"}).Exit; exit.Status != 137 {
+		t.Errorf("exit status %d", exit.Status)
+	}
+	m.do(order{Verb: "delete", ID: "c"})
+	m.nothingLeft()
+	t.Logf("%d daemons ended", m.kills)
+	if m.kills < 5 {
+		t.Error("too few daemons ended: the test shows nothing")
+	}
+}
+
+// execOnce runs one exec with all that belongs to it.
+func (m *mortal) execOnce(execID string, seed uint64) {
+	dir, err := os.MkdirTemp(m.dir, "io")
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	var o order
+	paths := map[string]*string{"stdin": &o.IO.Stdin, "stdout": &o.IO.Stdout}
+	for name, path := range paths {
+		*path = filepath.Join(dir, name)
+		if err := unix.Mkfifo(*path, 0o600); err != nil {
+			m.t.Error(err)
+			return
+		}
+	}
+	// Both ends, as some clients have them: the end of the output then shows in nothing but the exit.
+	out, err := os.OpenFile(o.IO.Stdout, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	defer out.Close()
+	in, err := os.OpenFile(o.IO.Stdin, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	text := stream(20_000, seed)
+	var wg sync.WaitGroup
+	opened := make(chan struct{})
+	wg.Go(func() {
+		if err := pieces(in, text, seed); err != nil {
+			m.t.Error(err)
+		}
+		<-opened // nothing would be left of it otherwise
+		in.Close()
+	})
+	o.ID, o.ExecID = "c", execID
+	do := func(verb string, args ...string) order {
+		o.Verb, o.Args = verb, args
+		return m.do(o)
+	}
+	do("exec", "cat")
+	close(opened)
+	var got bytes.Buffer
+	wg.Go(func() { io.Copy(&got, out) })
+	do("start")
+	if exit := do("wait").Exit; exit.Status != 0 || exit.At.IsZero() {
+		m.t.Errorf("%s: exit %+v", execID, exit)
+	}
+	if exit := do("delete").Exit; exit.Status != 0 || exit.At.IsZero() {
+		m.t.Errorf("%s: exit %+v from delete", execID, exit)
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+		sameBytes(m.t, execID, got.Bytes(), text)
+	case <-time.After(patience):
+		m.t.Errorf("%s: its output does not end", execID)
+	}
+}
