@@ -74,9 +74,9 @@ func TestRestartOfTheSupervisedDaemon(t *testing.T) {
 			t.Run(handler+"/"+way.name, func(t *testing.T) {
 				ctx := begin(t)
 				p := runPod(ctx, t, podConfig(t), handler)
-				counter := container("n=0; until [ -e /end ]; do echo $n; n=$((n+1)); [ $((n % 50)) -ne 0 ] || sleep 0.05; done; echo $n; exit 11")
+				counter := container("n=0; until [ -e /end ]; do echo $n; n=$((n+1)); [ $((n % 50)) -ne 0 ] || sleep 0.05; done; echo $n; sleep 1; exit 11")
 				counting := p.start(ctx, t, counter)
-				ending := p.start(ctx, t, container("until [ -e /end ]; do sleep 0.05; done; sleep 0.5; exit 23"))
+				ending := p.start(ctx, t, container("until [ -e /end ]; do sleep 0.05; done; sleep 1; exit 23"))
 				vmm, _, err := sandboxer.VMM(p.id)
 				if err != nil {
 					t.Fatal(err)
