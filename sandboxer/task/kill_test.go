@@ -140,10 +140,25 @@ func runDaemon(dir string) error {
 	if n, err := strconv.Atoi(os.Getenv(daemonStep)); err == nil {
 		k.left.Store(int64(n))
 	}
-	s := newServer(durable{dir}, Options{PodID: "pod", Store: store, Log: log})
-	s.replay = markReplay
+	set := func() (*container.Set, error) { return nil, nil }
+	options := Options{PodID: "pod", Store: store, Log: log}
+	var s *Server
+	if _, err := os.Stat(filepath.Join(dir, "guest")); err == nil {
+		if options.Set, set, err = mortalSet(dir, store, log); err != nil {
+			return err
+		}
+		options.Address = podAddress(dir)
+		s = NewServer(options)
+	} else {
+		s = newServer(durable{dir}, options)
+		s.replay = markReplay
+	}
 	s.wrap = func(in inbox, out outbox) (inbox, outbox) { return mortalInbox{in, k}, mortalOutbox{out, k} }
 	if err := s.Adopt(context.Background()); err != nil {
+		return err
+	}
+	restored, err := set()
+	if err != nil {
 		return err
 	}
 	store.Sweep(func(string) bool { return false })
@@ -153,6 +168,9 @@ func runDaemon(dir string) error {
 	go func() {
 		<-term
 		s.HandOver()
+		if restored != nil {
+			restored.HandOver()
+		}
 		close(ended)
 	}()
 	if err := s.Serve(l); err != nil {
@@ -373,27 +391,8 @@ func TestKill(t *testing.T) {
 	o := &oracle{begun: map[string]bool{}, enough: make(chan struct{})}
 	go o.serve(asked)
 
-	var stderr lockedBuffer
-	start := func(step int) *exec.Cmd {
-		t.Helper()
-		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), daemonDir+"="+dir, daemonStep+"="+strconv.Itoa(step))
-		cmd.Stderr = &stderr
-		if err := manager.Start(cmd); err != nil {
-			t.Fatal(err)
-		}
-		return cmd
-	}
-	// wait returns when a daemon has ended as it was told to.
-	wait := func(cmd *exec.Cmd) {
-		t.Helper()
-		if cmd.Wait(); cmd.ProcessState.ExitCode() > 0 {
-			t.Fatalf("a daemon failed: %s", stderr.String())
-		}
-	}
-	// Until its socket is kept, a daemon is not to be killed.
-	daemon := start(0)
-	eventually(t, "the daemon listens", func() bool { return manager.Sync() == nil && len(manager.Names()) > 0 })
+	m := &mortals{t: t, manager: manager, dir: dir, random: random}
+	m.first()
 	w := &work{dir: dir, socket: filepath.Join(dir, "t"), oracle: o}
 	var cancel context.CancelFunc
 	w.ctx, cancel = context.WithTimeout(context.Background(), time.Minute)
@@ -402,49 +401,104 @@ func TestKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	daemon.Process.Kill()
-	wait(daemon)
-	for range lives {
-		var stop *time.Timer
-		switch random.IntN(6) {
-		case 0: // in order
-			daemon = start(0)
-			stop = time.AfterFunc(time.Duration(random.IntN(30000))*time.Microsecond, func() { daemon.Process.Signal(unix.SIGTERM) })
-		case 1, 2: // at any moment
-			daemon = start(0)
-			stop = time.AfterFunc(time.Duration(random.IntN(40000))*time.Microsecond, func() { daemon.Process.Kill() })
-		default: // at a step
-			daemon = start(1 + random.IntN(150))
-			stop = time.AfterFunc(patience, func() { daemon.Process.Kill() })
-		}
-		wait(daemon)
-		stop.Stop()
-		if w.ctx.Err() != nil || w.failed.Load() {
-			break
-		}
-	}
+	m.live(lives, func() bool { return w.ctx.Err() == nil && !w.failed.Load() })
 	took := time.Since(began)
-	daemon = start(0)
 	if err := w.finish(); err != nil {
 		t.Error(err)
 	}
 	if broken, err := os.ReadFile(filepath.Join(dir, "broken")); err == nil {
 		t.Error(string(broken))
 	}
-	eventually(t, "nothing but the socket is kept", func() bool {
-		return manager.Sync() == nil && len(manager.Names()) == 1 || t.Failed()
-	})
-	daemon.Process.Signal(unix.SIGTERM)
-	wait(daemon)
-	if text := stderr.String(); text != "" {
-		t.Errorf("the daemons complain: %s", text)
-	}
+	m.last()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	t.Logf("%d daemons in %v: %d calls, %d of them again; %d bytes of output, %d of input on %d streams; %d connections lost while they were accepted",
 		lives, took.Round(time.Millisecond), len(o.begun), o.replays, w.read.Load(), w.written.Load(), w.streams.Load(), w.unlucky.Load())
 	if err := errors.Join(o.errs...); err != nil {
 		t.Error(err)
+	}
+}
+
+// mortals are the daemons.
+type mortals struct {
+	t       *testing.T
+	manager *handovertest.Manager
+	dir     string
+	random  *rand.Rand
+	stderr  lockedBuffer
+	daemon  *exec.Cmd
+}
+
+func (m *mortals) start(step int) {
+	m.t.Helper()
+	m.daemon = exec.Command(os.Args[0])
+	m.daemon.Env = append(os.Environ(), daemonDir+"="+m.dir, daemonStep+"="+strconv.Itoa(step))
+	m.daemon.Stderr = &m.stderr
+	if err := m.manager.Start(m.daemon); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// wait returns when a daemon has ended as it was told to.
+func (m *mortals) wait() {
+	m.t.Helper()
+	if m.daemon.Wait(); m.daemon.ProcessState.ExitCode() > 0 {
+		m.t.Fatalf("a daemon failed: %s", m.stderr.String())
+	}
+}
+
+// first starts the daemon that makes the socket. Until that is kept, it is not to be killed.
+func (m *mortals) first() {
+	m.t.Helper()
+	m.start(0)
+	eventually(m.t, "the daemon listens", func() bool { return m.manager.Sync() == nil && len(m.manager.Names()) > 0 })
+	m.t.Cleanup(func() { m.daemon.Process.Kill() })
+}
+
+// live has daemons end in all ways, while goOn, and leaves the last one alive.
+func (m *mortals) live(lives int, goOn func() bool) {
+	m.t.Helper()
+	m.daemon.Process.Kill()
+	m.wait()
+	for range lives {
+		moment := time.Duration(m.random.IntN(40000)) * time.Microsecond
+		var stop *time.Timer
+		switch m.random.IntN(6) {
+		case 0: // in order
+			m.start(0)
+			stop = time.AfterFunc(moment, func() { m.daemon.Process.Signal(unix.SIGTERM) })
+		case 1, 2: // at any moment
+			m.start(0)
+			stop = time.AfterFunc(moment, func() { m.daemon.Process.Kill() })
+		default: // at a step
+			m.start(1 + m.random.IntN(150))
+			stop = time.AfterFunc(patience, func() { m.daemon.Process.Kill() })
+		}
+		m.wait()
+		stop.Stop()
+		if !goOn() {
+			break
+		}
+	}
+	m.start(0)
+}
+
+// last ends the last one, which has nothing left.
+func (m *mortals) last() {
+	m.t.Helper()
+	if m.t.Failed() {
+		m.t.Log(m.stderr.String())
+		return
+	}
+	eventually(m.t, "nothing but the socket is kept", func() bool {
+		return m.manager.Sync() == nil && len(m.manager.Names()) == 1
+	})
+	m.daemon.Process.Signal(unix.SIGTERM)
+	m.wait()
+	for line := range strings.Lines(m.stderr.String()) {
+		if !strings.Contains(line, "ttrpc: ") { // the client library's: of answers that came too late
+			m.t.Errorf("the daemons complain: %s", line)
+		}
 	}
 }
 
@@ -461,7 +515,7 @@ type work struct {
 	errs []error
 	sent map[string]uint64 // inputs that were left behind, and where they end
 
-	read, written, streams, unlucky atomic.Int64
+	read, written, streams, processes, unlucky atomic.Int64
 }
 
 // start returns when the connections that last were accepted.
@@ -555,9 +609,11 @@ func (w *work) do(id string, f func(id string) error) {
 	})
 }
 
-// again does something with new connections until there is enough.
-func (w *work) again(id string, f func(id string) error) {
+// again does something with new connections until there is enough. The channel is closed then.
+func (w *work) again(id string, f func(id string) error) <-chan struct{} {
+	ended := make(chan struct{})
 	w.do(id, func(string) error {
+		defer close(ended)
 		for n := 0; !w.enough(); n++ {
 			err := f(fmt.Sprintf("%s-%d", id, n))
 			if errors.Is(err, errUnlucky) {
@@ -570,6 +626,7 @@ func (w *work) again(id string, f func(id string) error) {
 		}
 		return nil
 	})
+	return ended
 }
 
 func (w *work) dial() *ttrpc.Client {
@@ -619,6 +676,12 @@ func (w *work) open(id string) (*ttrpc.Client, streaming.TTRPCStreaming_StreamCl
 	}
 	w.streams.Add(1)
 	return c, s, nil
+}
+
+// openStreamOf is a stream with its connection.
+type openStreamOf struct {
+	client *ttrpc.Client
+	stream streaming.TTRPCStreaming_StreamClient
 }
 
 func sendMessage(s streaming.TTRPCStreaming_StreamClient, m proto.Message) error {

@@ -44,7 +44,7 @@ type stream struct {
 
 	name     string        // what the client called it; "" until its first message
 	begun    bool          // serveStream runs
-	accepted chan struct{} // closed when the client was told
+	accepted chan struct{} // closed by Accept
 	served   chan struct{} // closed with over
 	over     bool          // serveStream has ended
 
@@ -77,9 +77,6 @@ func newStream(c *connection, id uint32, slot int, request *ttrpc.Request) *stre
 	}
 	st.ctx, st.stop = callContext(c.life, request)
 	st.ctx, st.cancel = context.WithCancelCause(st.ctx)
-	if c.outbox.Count() > 0 {
-		close(st.accepted) // by another daemon
-	}
 	return st
 }
 
@@ -283,6 +280,8 @@ func (st *stream) Accept() error {
 		return errHandedOver
 	case c.deaf:
 		return errGone
+	case c.outbox.Count() > 0:
+		return nil // another daemon has told the client
 	}
 	if err := st.send(&emptypb.Empty{}, 1); err != nil {
 		return err
