@@ -80,8 +80,8 @@ type fifoSink struct {
 	raw      syscall.RawConn
 	read     *os.File // after finish, if the client has not read all
 	box      *handover.Outbox
-	dropped  uint64
-	flushing bool // a goroutine waits for the client to read
+	dropped  uint64 // of the position, what is not in box
+	flushing bool   // a goroutine waits for the client to read
 	enlarged bool
 	discard  bool
 	detached bool
@@ -98,8 +98,9 @@ func openFIFOSink(path string, n niche, offset uint64, log *slog.Logger) (_ sink
 		}
 	}()
 	if read := n.take("read"); read != nil {
-		// The end of the stream was told already.
+		// Everything was in the FIFO already, and its end was to be told.
 		f.read, f.discard = read, true
+		n.remove("fifo", "out")
 		return f, nil
 	}
 	taken := true
@@ -238,6 +239,11 @@ func (f *fifoSink) drop() {
 func (f *fifoSink) position() uint64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.at()
+}
+
+// at is position. f.mu is held.
+func (f *fifoSink) at() uint64 {
 	if f.box == nil {
 		return f.dropped
 	}
@@ -249,9 +255,9 @@ func (f *fifoSink) position() uint64 {
 }
 
 func (f *fifoSink) resume(offset uint64) {
-	at := f.position()
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	at := f.at()
 	if f.box == nil || offset <= at {
 		return
 	}
@@ -331,7 +337,7 @@ func (f *fifoSink) closeFIFO() {
 	fifo := f.fifo
 	f.fifo = nil
 	if f.box != nil {
-		f.dropped += f.box.Base() + f.box.Count() // position goes on
+		f.dropped = f.at() // the position stays
 		f.box.Close()
 		f.box = nil
 	}
