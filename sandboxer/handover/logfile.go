@@ -34,7 +34,7 @@ func newFile(name string, magic uint64) (*os.File, error) {
 		f.Close()
 		return nil, fmt.Errorf("cannot write the header of an %s: %w", name, err)
 	}
-	if err := f.Truncate(headerSize); err == nil {
+	if err = f.Truncate(headerSize); err == nil {
 		_, err = unix.Seek(fd, headerSize, unix.SEEK_SET)
 	}
 	if err != nil {
