@@ -813,8 +813,8 @@ func (s *Set) HandOver() {
 func (s *Set) quit() []*process {
 	s.end(fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable))
 	s.mu.Lock()
-	// From here on no process is added.
-	s.mu.Unlock() //nolint:staticcheck // what is under way with the lock held comes first
+	//lint:ignore SA2001 what is under way with the lock held comes first; from here on no process is added
+	s.mu.Unlock()
 	made := make(chan struct{})
 	go func() {
 		s.making.Wait()
