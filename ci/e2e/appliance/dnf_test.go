@@ -16,11 +16,10 @@ import (
 // A root is an empty directory that dnf installs into. Scriptlets run in it with the shell of the
 // package basesystem, whose systemctl writes down how it was called.
 type root struct {
-	t        *testing.T
-	dir      string // the root itself
-	home     string // of rpm and dnf: Debian's rpm keeps its database there unless told otherwise
-	config   string // of dnf
-	defaults []string
+	t      *testing.T
+	dir    string // the root itself
+	home   string // of rpm and dnf: Debian's rpm keeps its database there unless told otherwise
+	config string // of dnf
 }
 
 // newRoot makes a root that knows some of the repositories.

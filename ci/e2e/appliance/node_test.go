@@ -52,7 +52,8 @@ func startNode(ctx context.Context, t *testing.T) *node {
 	}
 	m, err := machine.Start(ctx, machine.Options{
 		Binds: []machine.Bind{
-			{From: programs, To: machine.PeersAt},
+			{From: programs, To: "/opt/cni/bin"},
+			{From: filepath.Join(programs, "containerd"), To: machine.Containerd},
 			{From: filepath.Dir(repository(t, "current")), To: "/repositories"},
 		},
 		Tmpfs:    []string{"/var/lib/containerd", "/srv"},
@@ -185,6 +186,8 @@ type entry map[string]any
 // journal returns the entries that match.
 func (n *node) journal(ctx context.Context, t *testing.T, match ...string) []entry {
 	t.Helper()
+	// All that was sent until now is to be there.
+	n.run(ctx, t, "journalctl", "--sync")
 	output := n.run(ctx, t, "journalctl", append([]string{"--no-pager", "--quiet", "--boot", "--output=json"}, match...)...)
 	var entries []entry
 	for line := range strings.Lines(output) {
@@ -200,6 +203,7 @@ func (n *node) journal(ctx context.Context, t *testing.T, match ...string) []ent
 // cursor returns where the journal is now, for --after-cursor.
 func (n *node) cursor(ctx context.Context, t *testing.T) string {
 	t.Helper()
+	n.run(ctx, t, "journalctl", "--sync")
 	output := n.run(ctx, t, "journalctl", "--no-pager", "--quiet", "--lines=0", "--show-cursor")
 	_, cursor, found := strings.Cut(strings.TrimSpace(output), "cursor: ")
 	if !found {
@@ -241,7 +245,7 @@ func (n *node) keepLogs(t *testing.T) {
 // scope is what the census counts on the node, whose daemon has to run.
 func (n *node) scope(t *testing.T) census.Scope {
 	t.Helper()
-	engine, err := n.PIDs(machine.PeersAt + "/containerd")
+	engine, err := n.PIDs(machine.Containerd)
 	if err != nil || len(engine) != 1 {
 		t.Fatalf("the processes of containerd are %v, %v", engine, err)
 	}

@@ -11,14 +11,18 @@ import (
 	"kuasar.io/kuasar/ci/e2e/image"
 )
 
-// Runtime handlers of the machine's containerd, beside those of the files it imports.
+// HandlerStreaming is a runtime handler of the machine's containerd, which carries the containers'
+// streams by containerd's streaming service.
 const HandlerStreaming = "vmm-streaming"
 
-// PeersAt is where a machine with containerd must have the directory of package peers.
-const PeersAt = "/opt/cni/bin"
+// Containerd is where a machine must have containerd, for it to be a service there.
+const Containerd = "/usr/bin/containerd"
 
-// ContainerdSocket is where the machine's containerd listens.
-const ContainerdSocket = "/run/containerd/containerd.sock"
+// ContainerdSocket is where the machine's containerd listens, and ContainerdConfig its configuration.
+const (
+	ContainerdSocket = "/run/containerd/containerd.sock"
+	ContainerdConfig = "/etc/containerd/config.toml"
+)
 
 const containerdUnit = `[Unit]
 Description=containerd container runtime
@@ -26,7 +30,7 @@ After=network.target dbus.service
 
 [Service]
 Type=notify
-ExecStart=` + PeersAt + `/containerd
+ExecStart=` + Containerd + `
 Delegate=yes
 KillMode=process
 Restart=always
@@ -39,7 +43,7 @@ WantedBy=multi-user.target
 `
 
 const containerdConfig = `version = 3
-imports = [%q, '/etc/containerd/streaming.toml']
+imports = ['/etc/containerd/streaming.toml']
 [debug]
   level = 'debug'
 [plugins.'io.containerd.cri.v1.runtime']
@@ -58,24 +62,30 @@ const streamingConfig = `version = 3
   io_type = 'streaming'
 `
 
-// StartContainerd sets up containerd as a service whose configuration imports a file of the machine,
-// with the network of another one, starts it, and returns a client once the image of package image
-// is there. The caller closes the client.
-func (m *Machine) StartContainerd(ctx context.Context, imported, network string) (*cri.Client, error) {
+// ConfigureContainerd makes containerd a service, with the network of a file of the machine. It has the
+// handler HandlerStreaming, but neither the handler vmm nor what both need: to add these is up to who
+// installs the appliance.
+func (m *Machine) ConfigureContainerd(network string) error {
 	conflist, err := os.ReadFile(m.Path(network))
 	if err != nil {
-		return nil, fmt.Errorf("cannot start containerd: %w", err)
+		return fmt.Errorf("cannot configure containerd: %w", err)
 	}
 	for path, text := range map[string]string{
-		"/etc/systemd/system/containerd.service":           containerdUnit,
-		"/etc/containerd/config.toml":                      fmt.Sprintf(containerdConfig, imported),
-		"/etc/containerd/streaming.toml":                   streamingConfig,
-		"/etc/cni/net.d/" + "10-" + filepath.Base(network): string(conflist),
+		"/etc/systemd/system/containerd.service":      containerdUnit,
+		ContainerdConfig:                              containerdConfig,
+		"/etc/containerd/streaming.toml":              streamingConfig,
+		"/etc/cni/net.d/10-" + filepath.Base(network): string(conflist),
 	} {
 		if err := m.Write(path, text); err != nil {
-			return nil, fmt.Errorf("cannot start containerd: %w", err)
+			return fmt.Errorf("cannot configure containerd: %w", err)
 		}
 	}
+	return nil
+}
+
+// StartContainerd starts containerd and returns a client once the image of package image is there. The
+// caller closes the client.
+func (m *Machine) StartContainerd(ctx context.Context) (*cri.Client, error) {
 	for _, command := range [][]string{{"systemctl", "daemon-reload"}, {"systemctl", "start", "containerd"}} {
 		if _, err := m.Run(ctx, command...); err != nil {
 			log, _ := m.Run(ctx, "journalctl", "--no-pager", "--lines=20", "--unit=containerd")
