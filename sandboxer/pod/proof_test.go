@@ -9,9 +9,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,32 +40,20 @@ func startMany(t *testing.T, m *Manager, n int) (ids []string) {
 func TestManyPods(t *testing.T) {
 	w := newWorld(t)
 	o := testOptions(t, w)
-	o.AdoptLimit = time.Minute
-	ids := startMany(t, NewManager(o), 100)
+	o.AdoptLimit, o.RecoverLimit = time.Hour, time.Hour
+	const pods, atOnce = 100, 32
+	ids := startMany(t, NewManager(o), pods)
 	w.dropDaemon()
 
-	// Nobody is answered before as many are being recovered as may be.
-	var mu sync.Mutex
-	var now, most int
-	full := make(chan struct{})
+	var now, most atomic.Int64
+	answer := make(chan struct{})
 	w.calls = func(ctx context.Context, _ string) error {
-		mu.Lock()
-		now++
-		if most = max(most, now); most == recoveries {
-			select {
-			case <-full:
-			default:
-				close(full)
-			}
+		n := now.Add(1)
+		defer now.Add(-1)
+		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
 		}
-		mu.Unlock()
-		defer func() {
-			mu.Lock()
-			now--
-			mu.Unlock()
-		}()
 		select {
-		case <-full:
+		case <-answer:
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
@@ -72,11 +61,28 @@ func TestManyPods(t *testing.T) {
 	}
 	m := NewManager(o)
 	m.slotLimit = time.Hour
-	if err := m.Recover(t.Context()); err != nil {
+	recovered := make(chan error, 1)
+	go func() { recovered <- m.Recover(t.Context()) }()
+	// Nobody is answered before as many are called as may be, and all others wait for their turn.
+	eventually(t, "as many are recovered as may be at once", func() bool { return now.Load() == atOnce })
+	eventually(t, "all others wait", func() bool {
+		buf := make([]byte, 8<<20)
+		buf = buf[:runtime.Stack(buf, true)]
+		waiting := 0
+		for stack := range strings.SplitSeq(string(buf), "\n\n") {
+			head, frames, _ := strings.Cut(stack, "\n")
+			if strings.Contains(head, "[select") && strings.Contains(strings.SplitN(frames, "\n", 2)[0], "(*recovery).run(") {
+				waiting++
+			}
+		}
+		return waiting == pods-atOnce
+	})
+	close(answer)
+	if err := <-recovered; err != nil {
 		t.Fatal(err)
 	}
-	if most != recoveries {
-		t.Errorf("%d pods were recovered at once, want %d", most, recoveries)
+	if most.Load() != atOnce {
+		t.Errorf("%d pods were recovered at once, want %d", most.Load(), atOnce)
 	}
 	for _, id := range ids {
 		if s, err := m.Status(id); err != nil || s.State != Ready {

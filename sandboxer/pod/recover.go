@@ -421,9 +421,6 @@ func (p *Pod) adopt(ctx context.Context) error {
 	p.mu.Lock()
 	err = p.broken
 	if err == nil {
-		err = context.Cause(ctx)
-	}
-	if err == nil {
 		// From here on what befalls the pod is an end like any other.
 		p.recovering = false
 	}
