@@ -170,8 +170,9 @@ func TestContainerRecords(t *testing.T) {
 		Processes: []container.ProcessRecord{
 			{Status: container.Running}, {ExecID: "e1", Status: container.Stopped, Exit: container.Exit{Status: 7, At: at}},
 			{ExecID: "e2", Status: container.Created}, {ExecID: "e3", Status: container.Paused},
+			{ExecID: "e4", Status: container.Stopped, Deleted: true},
 		},
-	}}
+	}, {ID: "c2", Processes: []container.ProcessRecord{{Status: container.Stopped, Deleted: true}}}}
 	text, err := json.Marshal(records)
 	if err != nil {
 		t.Fatal(err)

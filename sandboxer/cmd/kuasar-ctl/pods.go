@@ -316,6 +316,8 @@ type containerRecord struct {
 			Status uint32
 			At     time.Time
 		} `json:"exit"`
+		// Deleted is what is only remembered for a client whose answer may have got lost.
+		Deleted bool `json:"deleted"`
 	} `json:"processes"`
 }
 
@@ -331,13 +333,18 @@ func containersOf(i *pod.Inspection) []containerDetails {
 	for _, r := range records {
 		d := containerDetails{ID: r.ID, OOMKills: r.OOMKills, Bundle: r.Bundle, Process: []processOutcome{}}
 		for _, p := range r.Processes {
+			if p.Deleted {
+				continue
+			}
 			status := processStates[0]
 			if p.Status > 0 && p.Status < len(processStates) {
 				status = processStates[p.Status]
 			}
 			d.Process = append(d.Process, processOutcome{ExecID: p.ExecID, Status: status, ExitCode: p.Exit.Status, Exited: p.Exit.At})
 		}
-		all = append(all, d)
+		if len(d.Process) > 0 {
+			all = append(all, d)
+		}
 	}
 	return all
 }
