@@ -678,8 +678,8 @@ func (w *work) open(id string) (*ttrpc.Client, streaming.TTRPCStreaming_StreamCl
 	return c, s, nil
 }
 
-// openStreamOf is a stream with its connection.
-type openStreamOf struct {
+// openedStream is a stream with its connection.
+type openedStream struct {
 	client *ttrpc.Client
 	stream streaming.TTRPCStreaming_StreamClient
 }

@@ -171,14 +171,14 @@ func TestKillPod(t *testing.T) {
 func (w *work) url(id string) string { return podAddress(w.dir) + "?streaming_id=" + id }
 
 // luckily opens a stream, another connection if the first was lost.
-func (w *work) luckily(id string) (*openStreamOf, error) {
+func (w *work) luckily(id string) (*openedStream, error) {
 	for {
 		c, s, err := w.open(id)
 		if errors.Is(err, errUnlucky) && w.ctx.Err() == nil {
 			w.unlucky.Add(1)
 			continue
 		}
-		return &openStreamOf{c, s}, err
+		return &openedStream{c, s}, err
 	}
 }
 
@@ -186,7 +186,7 @@ func (w *work) luckily(id string) (*openStreamOf, error) {
 type cat struct {
 	id      string
 	client  task.TTRPCTaskService
-	in, out *openStreamOf
+	in, out *openedStream
 	total   chan uint64
 	execs   <-chan struct{} // closed when there will be no more in it
 }
@@ -242,7 +242,7 @@ func (c *cat) read(w *work) error {
 }
 
 // readAll reads a stream's pattern to its end.
-func (w *work) readAll(s *openStreamOf, offset uint64) (n uint64, err error) {
+func (w *work) readAll(s *openedStream, offset uint64) (n uint64, err error) {
 	for window := inputWindow; ; {
 		if window > 0 {
 			if err := sendMessage(s.stream, &transfer.WindowUpdate{Update: int32(window)}); err != nil {
@@ -300,7 +300,7 @@ func (w *work) cycle(t testing.TB, id string) error {
 	return w.finishProcess(client, id, "", out, want)
 }
 
-func (w *work) finishProcess(client task.TTRPCTaskService, id, execID string, out *openStreamOf, want int) error {
+func (w *work) finishProcess(client task.TTRPCTaskService, id, execID string, out *openedStream, want int) error {
 	w.processes.Add(1)
 	if _, err := client.Start(w.ctx, &task.StartRequest{ID: id, ExecID: execID}); err != nil {
 		return fmt.Errorf("start: %w", err)
