@@ -62,8 +62,8 @@ type Machine struct {
 	pid     int   // of the boot script
 }
 
-// name begins the names of what a machine leaves behind if the test is killed: directories in /tmp
-// and cgroups.
+// name begins the names of a machine's directory in /tmp and of its cgroups. The process id of who
+// made them follows.
 const name = "kuasar-machine-"
 
 // controllers of cgroup v1 that the machine gets, if this one has them.
@@ -76,8 +76,9 @@ func Start(ctx context.Context, options Options) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
+	sweepDead()
 	m := &Machine{exited: make(chan struct{})}
-	if m.dir, err = os.MkdirTemp("/tmp", name); err != nil {
+	if m.dir, err = os.MkdirTemp("/tmp", fmt.Sprint(name, os.Getpid(), "-")); err != nil {
 		return nil, fmt.Errorf("cannot boot a machine: %w", err)
 	}
 	m.Cgroup = "/" + filepath.Base(m.dir)
@@ -328,6 +329,25 @@ func (m *Machine) sweep() error {
 		}
 	}
 	return errors.Join(append(errs, os.RemoveAll(m.dir))...)
+}
+
+// sweepDead removes what machines have left whose makers were killed. They have died with them.
+func sweepDead() {
+	for _, pattern := range []string{"/tmp/", "/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+		found, _ := filepath.Glob(pattern + name + "*")
+		for _, path := range found {
+			maker, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), name), "-")
+			pid, err := strconv.Atoi(maker)
+			if err != nil || !errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+				continue
+			}
+			if pattern == "/tmp/" {
+				os.RemoveAll(path)
+			} else {
+				removeCgroup(path)
+			}
+		}
+	}
 }
 
 func removeCgroup(top string) error {

@@ -2,7 +2,9 @@ package machine
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +17,22 @@ func TestMachine(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
+	// What a machine leaves whose maker was killed, and the directory of one whose maker lives.
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	left := []string{
+		fmt.Sprintf("/tmp/%s%d-1", name, gone.Process.Pid),
+		fmt.Sprintf("%s/%s%d-1", hierarchy(), name, gone.Process.Pid),
+		fmt.Sprintf("/tmp/%s%d-1", name, os.Getpid()),
+	}
+	for _, dir := range left {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(dir)
+	}
 	m, err := Start(ctx, Options{Progress: os.Stderr})
 	if err != nil {
 		t.Fatal(err)
@@ -29,6 +47,11 @@ func TestMachine(t *testing.T) {
 			}
 		}
 	}()
+	for i, dir := range left {
+		if _, err := os.Stat(dir); os.IsNotExist(err) != (i < 2) {
+			t.Errorf("after the start %s: %v", dir, err)
+		}
+	}
 	const unit = "[Service]\nExecStart=/bin/sleep 1000\nRuntimeDirectory=trial\n"
 	if err := m.Write("/etc/systemd/system/trial.service", unit); err != nil {
 		t.Fatal(err)
@@ -44,27 +67,37 @@ func TestMachine(t *testing.T) {
 	if _, err := os.Stat(m.Path("/run/trial")); err != nil {
 		t.Error(err)
 	}
-	before, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
+	// Nobody else changes this one meanwhile.
+	const ttl = "/proc/sys/net/ipv4/ip_default_ttl"
+	before, err := os.ReadFile(ttl)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// What pods' networks need works, and does not reach this machine.
 	for _, script := range []string{
-		"echo 1 >/proc/sys/net/ipv4/ip_forward && [ $(cat /proc/sys/net/ipv4/ip_forward) = 1 ]",
+		"echo 63 >" + ttl + " && [ $(cat " + ttl + ") = 63 ]",
 		"! { echo 1 >/proc/sys/kernel/panic; } 2>/dev/null",
-		"ip netns add trial && ip netns exec trial sh -c '[ $(cat /proc/sys/net/ipv4/ip_forward) = 0 ]'",
+		"ip netns add trial && ip netns exec trial sh -c 'echo 62 >" + ttl + "' && [ $(cat " + ttl + ") = 63 ]",
 		"mkdir -p /run/o/u /run/o/w /run/o/m && mount -t overlay -o lowerdir=/etc,upperdir=/run/o/u,workdir=/run/o/w overlay /run/o/m",
 	} {
 		if _, err := m.Run(ctx, "/bin/sh", "-ec", script); err != nil {
 			t.Error(err)
 		}
 	}
-	after, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
+	after, err := os.ReadFile(ttl)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The first may be 1 already on a node; on the test machine it is 0.
 	if string(after) != string(before) {
-		t.Errorf("the machine changed this one's forwarding from %s to %s", before, after)
+		t.Errorf("the machine changed this one's %s from %s to %s", ttl, before, after)
 	}
+}
+
+// hierarchy is where cgroup version 2 is mounted.
+func hierarchy() string {
+	const unified = "/sys/fs/cgroup/unified"
+	if _, err := os.Stat(unified); err == nil {
+		return unified
+	}
+	return "/sys/fs/cgroup"
 }
