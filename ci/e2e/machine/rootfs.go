@@ -66,7 +66,7 @@ func Rootfs(ctx context.Context, progress io.Writer) (string, error) {
 	}
 	defer os.RemoveAll(partial)
 	for _, command := range [][]string{
-		{"debootstrap", "--variant=minbase", "--include=" + list, suite, partial, mirror()},
+		append([]string{"debootstrap", "--variant=minbase", "--include=" + list, suite, partial}, mirror()...),
 		{"chroot", partial, "/bin/sh", "-ec", recipe},
 	} {
 		cmd := exec.CommandContext(ctx, command[0], command[1:]...)
@@ -84,16 +84,17 @@ func Rootfs(ctx context.Context, progress io.Writer) (string, error) {
 	return dir, nil
 }
 
-// mirror is the one that this machine itself installs from if it is a Debian, else the project's.
-func mirror() string {
+// mirror is the one that this machine itself installs from, if it is a Debian. Without one,
+// debootstrap takes its own.
+func mirror() []string {
 	files, _ := filepath.Glob("/etc/apt/sources.list.d/*")
 	for _, file := range append(files, "/etc/apt/sources.list") {
 		text, _ := os.ReadFile(file)
 		if found := regexp.MustCompile(`(?m)^[^#\n]*?(https?://\S+/debian/?)(\s|$)`).FindSubmatch(text); found != nil {
-			return string(found[1])
+			return []string{string(found[1])}
 		}
 	}
-	return "http://deb.debian.org/debian"
+	return nil
 }
 
 // last returns the end of a text.
