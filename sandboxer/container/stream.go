@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -36,7 +37,8 @@ type ClientStream interface {
 	Begin(offset uint64) uint64
 	// Receive returns the next input, valid until the next call. io.EOF is the client's end of
 	// the input; any other error means that the connection is no use any more, which is not the
-	// end. What arrived before the connection was lost is still returned, also after ServeStream.
+	// end. What arrived before ctx ended or the connection was lost is returned before either
+	// error.
 	Receive(ctx context.Context) ([]byte, error)
 	// Consumed says that the input up to an offset is kept elsewhere: no other daemon needs to
 	// receive it again. It only grows and does not block.
@@ -69,6 +71,9 @@ type slot struct {
 	claimed bool
 	output  bool // if claimed
 	conn    ClientStream
+	// older are connections of an earlier daemon that were replaced. What came on them was not all
+	// taken yet, or they would not be there.
+	older   []ClientStream
 	changed chan struct{} // closed and replaced when something changes that others wait for
 	over    chan struct{} // closed when the process's stream has ended
 
@@ -144,6 +149,9 @@ func (s *Set) ServeStream(ctx context.Context, id string, conn ClientStream) err
 			sl.offset = max(sl.offset, offset)
 		}
 	}
+	if sl.conn != nil && !sl.claimed && !isDone(t.restored) {
+		sl.older = append(sl.older, sl.conn)
+	}
 	sl.set(conn)
 	t.mu.Unlock()
 	// A failure means that the connection is lost, which ctx tells as well.
@@ -177,6 +185,9 @@ func (sl *slot) serve(ctx context.Context, conn ClientStream) (journal bool, err
 				sl.set(nil)
 				changed = sl.changed
 			}
+		case slices.Contains(sl.older, conn) && (restored != nil || sl.claimed && !sl.output && !sl.inputOver):
+			// The process takes what it brought before it takes what the next one brings.
+			lost = nil
 		case !mine && sl.conn != nil:
 			t.mu.Unlock()
 			return sl.claimed && sl.output, fmt.Errorf("stream %s: a newer connection took over: %w", sl.id, errdefs.ErrAborted)
@@ -257,9 +268,16 @@ func (sl *slot) use(life context.Context) (ClientStream, context.Context, error)
 	for {
 		t.mu.Lock()
 		conn, changed := sl.conn, sl.changed
+		replaced := len(sl.older) > 0 && !sl.output
+		if replaced {
+			conn = sl.older[0]
+		}
 		if conn != nil && life.Err() == nil {
 			ctx, stop := context.WithCancel(life)
 			sl.user, sl.stopUser = conn, stop
+			if replaced {
+				stop()
+			}
 			t.mu.Unlock()
 			return conn, ctx, nil
 		}
@@ -287,6 +305,9 @@ func (sl *slot) done(delivered int, useless bool) {
 	sl.offset += uint64(delivered)
 	if useless && sl.conn == conn {
 		sl.conn = nil
+	}
+	if len(sl.older) > 0 && sl.older[0] == conn {
+		sl.older = sl.older[1:]
 	}
 	if useless || sl.awaited {
 		sl.awaited = false

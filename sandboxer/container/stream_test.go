@@ -85,11 +85,11 @@ func (s *wireStream) wait(ctx context.Context, ready func() bool) error {
 	defer context.AfterFunc(ctx, func() { s.change(func() {}) })()
 	for {
 		switch {
+		case s.dead && ctx.Err() == nil:
+		case !s.dead && ready():
+			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case s.dead:
-		case ready():
-			return nil
 		case s.life.Err() != nil:
 			return s.life.Err()
 		}
@@ -198,6 +198,16 @@ func (w *world) recorded() []Record {
 // begin starts a daemon that finds the given connections, by their streams' ids.
 func (w *world) begin(wires map[string]*wire) *era {
 	w.t.Helper()
+	return w.beginWith(func(e *era) {
+		for id, wire := range wires {
+			e.serve(id, wire)
+		}
+	})
+}
+
+// beginWith starts a daemon that adopts connections before it restores.
+func (w *world) beginWith(adopt func(*era)) *era {
+	w.t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	store := handover.New(w.manager.Address(), nil, log)
 	if w.recorded() != nil {
@@ -217,9 +227,7 @@ func (w *world) begin(wires map[string]*wire) *era {
 			}
 		},
 	})
-	for id, wire := range wires {
-		e.serve(id, wire)
-	}
+	adopt(e)
 	if records := w.recorded(); records != nil {
 		if err := e.Restore(testContext(w.t), records); err != nil {
 			w.t.Fatal(err)
@@ -264,11 +272,23 @@ func (e *era) kill() {
 	e.world.mu.Lock()
 	close(e.dead)
 	e.world.mu.Unlock()
+	var boxes []*inbox
+	e.Set.mu.Lock()
+	for _, c := range e.containers {
+		if in := c.init.io.input; in != nil && in.box != nil {
+			in.box.mu.Lock() // what it was about to put there is not put
+			boxes = append(boxes, in.box)
+		}
+	}
+	e.Set.mu.Unlock()
 	for _, c := range e.conns {
 		c.Close()
 	}
 	// What is left of it in the test's process ends with the test.
 	e.t.Cleanup(func() {
+		for _, b := range boxes {
+			b.mu.Unlock()
+		}
 		e.HandOver()
 		for _, s := range e.streams {
 			s.lose()
@@ -403,7 +423,7 @@ func TestStreamOutput(t *testing.T) {
 
 // TestStreamInput does the same to an input, whose process is slow to read it.
 func TestStreamInput(t *testing.T) {
-	want := stream(400_000, 2)
+	want := stream(330_000, 2)
 	for _, orderly := range []bool{false, true} {
 		w := newWorld(t)
 		reads := make(chan int)
@@ -475,6 +495,44 @@ func TestStreamInput(t *testing.T) {
 			t.Errorf("still kept: %v", names)
 		}
 	}
+}
+
+// TestStreamInputOfTwo finds two connections of one input: the client had restarted while not all
+// that the first one brought was taken, and then the daemon died.
+func TestStreamInputOfTwo(t *testing.T) {
+	want := stream(800_000, 3)
+	w := newWorld(t)
+	read := make(chan struct{})
+	var got []byte
+	w.guest.Programs["read"] = func(_ context.Context, p *guesttest.Process) uint32 {
+		<-read
+		got, _ = io.ReadAll(p.Stdin)
+		return 5
+	}
+	first, second := newWire(), newWire()
+	first.in = want[:600_000] // more than is held on the way
+	second.in, second.closed = want[600_000:], true
+	e := w.begin(map[string]*wire{"in": first})
+	e.run("c", IO{Stdin: streamName("in")}, "read")
+	first.mu.Lock()
+	for first.consumed < 100_000 {
+		first.changed.Wait()
+	}
+	first.mu.Unlock()
+	e.kill()
+	if first.consumed == len(first.in) {
+		t.Error("everything was taken: the test shows nothing")
+	}
+	e = w.beginWith(func(e *era) {
+		e.serve("in", first).lose()
+		e.serve("in", second)
+	})
+	close(read)
+	if exit := e.exit("c"); exit.Status != 5 {
+		t.Errorf("exit status %d", exit.Status)
+	}
+	sameBytes(t, "input", got, want)
+	e.served.Wait()
 }
 
 // TestStreamsEndAfterRestart lets a daemon die when a process has ended and its client was not told.

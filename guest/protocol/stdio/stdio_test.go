@@ -798,6 +798,41 @@ func TestInputContinuesInNewWriter(t *testing.T) {
 }
 
 // Close ends a WriteTo that waits for the guest, connected or dialling.
+// TestInputProgress learns how far the guest is, over lost connections and from writer to writer.
+func TestInputProgress(t *testing.T) {
+	g := newGuest(t)
+	in := g.hub.Input("in")
+	defer in.Close()
+	var dials atomic.Int32
+	w := openInput(t, g.fragile(15_000, &dials), "in")
+	told := make(chan uint64, 1000)
+	w.Notify(func(consumed uint64) { told <- consumed })
+	if w.Offset() != 0 {
+		t.Errorf("a new stream is at %d", w.Offset())
+	}
+	const total = 20_000
+	go writeChunks(w, make([]byte, total))
+	if _, err := io.ReadFull(in, make([]byte, total)); err != nil {
+		t.Fatal(err)
+	}
+	ctx := testContext(t)
+	for last := uint64(0); last < total; {
+		select {
+		case consumed := <-told:
+			if consumed < last {
+				t.Fatalf("%d after %d", consumed, last)
+			}
+			last = consumed
+		case <-ctx.Done():
+			t.Fatalf("told %d of %d", last, total)
+		}
+	}
+	w.Close()
+	if again := openInput(t, g.dial, "in"); again.Offset() != total {
+		t.Errorf("the next writer finds the stream at %d", again.Offset())
+	}
+}
+
 func TestReaderClose(t *testing.T) {
 	for _, cut := range []bool{false, true} {
 		g := newGuest(t)
