@@ -446,6 +446,66 @@ func TestStore(t *testing.T) {
 	}
 }
 
+// TestStoreOfManyDescriptors starts a daemon with so many descriptors that their names would not fit
+// into one environment variable.
+func TestStoreOfManyDescriptors(t *testing.T) {
+	const kept = 2000
+	m, err := handovertest.NewManager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	log := slog.New(slog.DiscardHandler)
+	a, _ := pair(t)
+	s := handover.New(m.Address(), nil, log)
+	name := func(i int) string { return fmt.Sprintf("task/%064d/%08x/conn", i, i) }
+	for i := range kept {
+		if err := s.Put(name(i), a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := kept / 8; i < kept; i++ {
+		s.Remove(name(i))
+	}
+	for i := kept / 8; i < kept; i++ { // the table is replaced meanwhile, and no number is used twice
+		if err := s.Put(name(i), a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	daemon := exec.Command("true")
+	if err := m.Start(daemon); err != nil {
+		t.Fatal(err)
+	}
+	if err := daemon.Wait(); err != nil {
+		t.Errorf("the daemon does not start with %d descriptors: %v", kept, err)
+	}
+	next, err := m.Store(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := len(next.Names("")); got != kept {
+		t.Errorf("%d of %d are found again", got, kept)
+	}
+	for _, i := range []int{0, kept / 2, kept - 1} {
+		if f := next.Take(name(i)); f == nil {
+			t.Errorf("%s is not found again", name(i))
+		} else {
+			f.Close()
+		}
+	}
+	next.RemoveAll("")
+	if err := m.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if names := m.Names(); len(names) > 0 {
+		t.Errorf("still kept: %v", names)
+	}
+}
+
 // TestKilledAtAnyMoment kills a process that carries bytes from one socket to another again and
 // again. Its successors go on, and no byte is lost or doubled.
 func TestKilledAtAnyMoment(t *testing.T) {

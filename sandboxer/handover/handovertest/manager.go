@@ -144,15 +144,15 @@ func (m *Manager) Sync() error {
 	return nil
 }
 
-// Names are those of what is kept, sorted.
+// Names are those under which the service keeps something, sorted.
 func (m *Manager) Names() []string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	names := make([]string, 0, len(m.files))
-	for name := range m.files {
-		names = append(names, name)
+	files, _, err := m.copies()
+	if err != nil {
+		return []string{err.Error()}
 	}
-	slices.Sort(names)
+	s := handover.New("", files, slog.New(slog.DiscardHandler))
+	names := s.Names("")
+	s.RemoveAll("")
 	return names
 }
 
@@ -165,6 +165,9 @@ func (m *Manager) States() []string {
 
 // Store is what the next daemon would open, for tests in which daemons are not processes.
 func (m *Manager) Store(log *slog.Logger) (*handover.Store, error) {
+	if err := m.Sync(); err != nil {
+		return nil, err
+	}
 	files, _, err := m.copies()
 	if err != nil {
 		return nil, err
@@ -174,9 +177,6 @@ func (m *Manager) Store(log *slog.Logger) (*handover.Store, error) {
 
 // copies duplicates what is kept: what is kept stays kept.
 func (m *Manager) copies() (files []*os.File, names []string, err error) {
-	if err := m.Sync(); err != nil {
-		return nil, nil, err
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for name, f := range m.files {
@@ -197,6 +197,9 @@ func (m *Manager) copies() (files []*os.File, names []string, err error) {
 // Start starts a daemon with what is kept. Its environment must be set already; ExtraFiles must be
 // empty.
 func (m *Manager) Start(cmd *exec.Cmd) error {
+	if err := m.Sync(); err != nil {
+		return err
+	}
 	files, names, err := m.copies()
 	if err != nil {
 		return err
