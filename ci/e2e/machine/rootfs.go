@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	_ "embed"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +13,8 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
+
+	"kuasar.io/kuasar/ci/e2e/cache"
 )
 
 // suite of Debian: of the distributions that this can make from a plain directory, the one whose
@@ -45,40 +46,21 @@ func Rootfs(ctx context.Context, progress io.Writer) (string, error) {
 	list := strings.Join(packages(), ",")
 	sum := sha256.New()
 	fmt.Fprintln(sum, suite, runtime.GOARCH, list, recipe)
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", fmt.Errorf("cannot make the root file system: %w", err)
-	}
-	dir := filepath.Join(cache, "kuasar", fmt.Sprintf("rootfs-%x", sum.Sum(nil)[:8]))
-	if _, err := os.Stat(dir); err == nil {
-		return dir, nil
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("cannot make the root file system: %w", err)
-	}
-	fmt.Fprintln(progress, "making the root file system of the machine with systemd (once, two to three minutes)")
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-		return "", fmt.Errorf("cannot make the root file system: %w", err)
-	}
-	// Made aside and renamed: what was interrupted never looks complete.
-	partial, err := os.MkdirTemp(filepath.Dir(dir), "rootfs-partial-")
-	if err != nil {
-		return "", fmt.Errorf("cannot make the root file system: %w", err)
-	}
-	defer os.RemoveAll(partial)
-	for _, command := range [][]string{
-		append([]string{"debootstrap", "--variant=minbase", "--include=" + list, suite, partial}, mirror()...),
-		{"chroot", partial, "/bin/sh", "-ec", recipe},
-	} {
-		cmd := exec.CommandContext(ctx, command[0], command[1:]...)
-		cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
-		if output, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("cannot make the root file system: %s: %w\n%s", command[0], err, last(string(output), 2000))
+	dir, err := cache.Directory("rootfs", sum.Sum(nil)[:8], func(partial string) error {
+		fmt.Fprintln(progress, "making the root file system of the machine with systemd (once, two to three minutes)")
+		for _, command := range [][]string{
+			append([]string{"debootstrap", "--variant=minbase", "--include=" + list, suite, partial}, mirror()...),
+			{"chroot", partial, "/bin/sh", "-ec", recipe},
+		} {
+			cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+			cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+			if output, err := cmd.CombinedOutput(); err != nil {
+				return fmt.Errorf("%s: %w\n%s", command[0], err, last(string(output), 2000))
+			}
 		}
-	}
-	if err := os.Chmod(partial, 0o755); err != nil {
-		return "", fmt.Errorf("cannot make the root file system: %w", err)
-	}
-	if err := os.Rename(partial, dir); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil
+	})
+	if err != nil {
 		return "", fmt.Errorf("cannot make the root file system: %w", err)
 	}
 	return dir, nil
