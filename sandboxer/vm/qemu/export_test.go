@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/process"
 )
 
 // DropMonitor closes the machine's connections to QEMU, as the end of its daemon does.
@@ -16,7 +17,7 @@ func DropMonitor(machine vm.Machine) {
 	client, console := m.client, m.console
 	m.mu.Unlock()
 	client.Close()
-	console.conn.Close()
+	console.Close()
 }
 
 // AskAgainAfter sets when a guest is asked again to let a disk go, until the test ends.
@@ -36,16 +37,16 @@ func CommandLine(d *Driver, s vm.Spec) []string {
 }
 
 const (
-	LogLimit  = logLimit
+	LogLimit  = process.LogLimit
 	RootPorts = rootPorts
 )
 
 // Drain runs a console on a socket until its other end closes.
 func Drain(ctx context.Context, socket, path string, log *slog.Logger) (tail func() []string, panicked <-chan string, err error) {
 	ch := make(chan string, 1)
-	c, err := openConsole(ctx, socket, path, ch, log)
+	c, err := process.OpenConsole(ctx, socket, path, ch, log)
 	if err != nil {
 		return nil, nil, err
 	}
-	return func() []string { <-c.done; return c.lines(consoleLines) }, ch, nil
+	return func() []string { <-c.Done(); return c.Lines(consoleLines) }, ch, nil
 }

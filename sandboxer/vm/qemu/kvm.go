@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kuasar.io/kuasar/sandboxer/vm/process"
 )
 
 const (
@@ -105,7 +107,7 @@ func writeProbe(path string, p probe) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(path, append(b, '\n'))
+	return process.WriteFile(path, append(b, '\n'))
 }
 
 // tryKVM boots kernel on KVM, without anything else, until it says its first words.

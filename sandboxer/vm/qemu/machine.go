@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/process"
 	"kuasar.io/kuasar/sandboxer/vm/qmp"
 )
 
@@ -63,9 +64,9 @@ type Machine struct {
 	mu        sync.Mutex
 	state     state
 	spec      vm.Spec // until Start
-	process   *process
+	process   *process.Process
 	client    *qmp.Client
-	console   *console
+	console   *process.Console
 	stderr    int // our end of the pipe, -1 if there is none
 	requested bool
 }
@@ -133,7 +134,7 @@ func (m *Machine) ConsoleTail() []string {
 	if c == nil {
 		return nil
 	}
-	return c.lines(consoleLines)
+	return c.Lines(consoleLines)
 }
 
 // Start launches QEMU; see vm.Machine.
@@ -175,7 +176,7 @@ func (m *Machine) Start(ctx context.Context) (err error) {
 		defer (*s.file).Close()
 	}
 	// Connected before QEMU runs: it finds us waiting, and nothing of the console is missed.
-	console, err := openConsole(ctx, m.path(consoleSocket), m.LogPath(), m.panicked, m.log)
+	console, err := process.OpenConsole(ctx, m.path(consoleSocket), m.LogPath(), m.panicked, m.log)
 	if err != nil {
 		return err
 	}
@@ -206,7 +207,7 @@ func (m *Machine) Start(ctx context.Context) (err error) {
 		return nil
 	}
 	// A lost connection is most likely the first sign of a QEMU that ends.
-	if lost := client == nil || client.Err() != nil; lost && ctx.Err() == nil && within(m.exited, time.Second) {
+	if lost := client == nil || client.Err() != nil; lost && ctx.Err() == nil && process.Within(m.exited, time.Second) {
 		return errors.New(m.exit.Reason)
 	}
 	return m.explain(err)
@@ -241,7 +242,9 @@ func (m *Machine) launch(spec vm.Spec, listening sockets) error {
 	defer unix.Close(pipe[1])
 
 	fd := int(null.Fd())
-	p, err := spawn(m.driver.path, args, [3]int{fd, fd, pipe[1]}, files, spec.CgroupProcs)
+	p, err := process.Spawn(process.Command{
+		Path: m.driver.path, Args: args, Stdio: [3]int{fd, fd, pipe[1]}, Files: files, CgroupProcs: spec.CgroupProcs,
+	})
 	if err != nil {
 		unix.Close(pipe[0])
 		return err
@@ -252,11 +255,11 @@ func (m *Machine) launch(spec vm.Spec, listening sockets) error {
 	m.mu.Unlock()
 	go m.watch(p)
 	if abandoned {
-		p.kill()
+		p.Kill()
 		return vm.ErrGone
 	}
-	m.log.Info("QEMU started", "pid", p.pid, "accelerator", m.driver.Accelerator())
-	if err := writeFile(m.pidPath(), []byte(strconv.Itoa(p.pid)+"\n")); err != nil {
+	m.log.Info("QEMU started", "pid", p.PID, "accelerator", m.driver.Accelerator())
+	if err := process.WriteFile(m.pidPath(), []byte(strconv.Itoa(p.PID)+"\n")); err != nil {
 		return fmt.Errorf("cannot write the pid file: %w", err)
 	}
 	return nil
@@ -308,9 +311,9 @@ func (m *Machine) abandon() {
 	p, c, console := m.process, m.client, m.console
 	m.mu.Unlock()
 	if p != nil {
-		p.kill()
-		if !within(m.exited, killTimeout) {
-			m.log.Error("QEMU does not die", "pid", p.pid)
+		p.Kill()
+		if !process.Within(m.exited, killTimeout) {
+			m.log.Error("QEMU does not die", "pid", p.PID)
 		}
 	} else {
 		m.finish(vm.Exit{Time: time.Now(), Code: -1, Reason: "QEMU was never started"})
@@ -319,13 +322,13 @@ func (m *Machine) abandon() {
 		c.Close()
 	}
 	if console != nil {
-		console.conn.Close()
+		console.Close()
 	}
 	m.removeFiles()
 }
 
 func (m *Machine) removeFiles() error {
-	return remove(m.path(qmpSocket), m.path(consoleSocket), m.path(agentSocket), m.pidPath())
+	return process.Remove(m.path(qmpSocket), m.path(consoleSocket), m.path(agentSocket), m.pidPath())
 }
 
 // finish records the end, once.
@@ -341,8 +344,8 @@ func (m *Machine) finish(e vm.Exit) {
 }
 
 // watch waits for the end of the process and says why it came.
-func (m *Machine) watch(p *process) {
-	status, known := p.wait()
+func (m *Machine) watch(p *process.Process) {
+	status, known := p.Wait()
 	exit := vm.Exit{Time: time.Now(), Code: -1}
 	m.mu.Lock()
 	console, client, requested := m.console, m.client, m.requested
@@ -354,12 +357,12 @@ func (m *Machine) watch(p *process) {
 	m.mu.Unlock()
 	how := "ended"
 	if known {
-		exit.Code, how = exitCode(status)
+		exit.Code, how = process.ExitCode(status)
 	}
 	panicked := ""
 	if console != nil {
-		within(console.done, lastWordsTimeout)
-		panicked = console.panicLine()
+		process.Within(console.Done(), lastWordsTimeout)
+		panicked = console.PanicLine()
 	}
 	switch {
 	case panicked != "":
@@ -376,8 +379,8 @@ func (m *Machine) watch(p *process) {
 	if client != nil {
 		client.Close()
 	}
-	p.pidfd.Close()
-	m.log.Info("QEMU ended", "pid", p.pid, "code", exit.Code, "reason", exit.Reason)
+	p.Close()
+	m.log.Info("QEMU ended", "pid", p.PID, "code", exit.Code, "reason", exit.Reason)
 	m.finish(exit)
 }
 
@@ -387,8 +390,8 @@ func readPipe(fd int) string {
 		return ""
 	}
 	buf := make([]byte, stderrSize)
-	n, _ := readNow(fd, buf)
-	return strings.Join(lastLines(string(buf[:max(n, 0)]), 3), "; ")
+	n, _ := process.ReadNow(fd, buf)
+	return strings.Join(process.LastLines(string(buf[:max(n, 0)]), 3), "; ")
 }
 
 // Stop ends the machine; see vm.Machine.
@@ -420,9 +423,9 @@ func (m *Machine) Stop(ctx context.Context) error {
 			cancel()
 		}
 		if !m.gone() {
-			p.kill()
-			if !within(m.exited, killTimeout) {
-				return fmt.Errorf("cannot stop QEMU of pod %s: process %d does not die", m.podID, p.pid)
+			p.Kill()
+			if !process.Within(m.exited, killTimeout) {
+				return fmt.Errorf("cannot stop QEMU of pod %s: process %d does not die", m.podID, p.PID)
 			}
 		}
 	} else if p == nil {
@@ -505,19 +508,19 @@ func (m *Machine) State() (vm.State, error) {
 	if p == nil || m.gone() {
 		return vm.State{}, vm.ErrGone
 	}
-	start, err := p.startTime()
+	start, err := p.StartTime()
 	if err != nil {
 		return vm.State{}, fmt.Errorf("cannot describe QEMU of pod %s: %w", m.podID, err)
 	}
-	exe, err := p.executable()
+	exe, err := p.Executable()
 	if err != nil {
 		return vm.State{}, fmt.Errorf("cannot describe QEMU of pod %s: %w", m.podID, err)
 	}
 	b, err := json.Marshal(saved{
-		Schema: savedSchema, BootID: bootID(), PodID: m.podID, Dir: m.dir,
-		PID: p.pid, StartTime: start, Executable: exe, VsockCID: m.vsockCID,
+		Schema: savedSchema, BootID: process.BootID(), PodID: m.podID, Dir: m.dir,
+		PID: p.PID, StartTime: start, Executable: exe, VsockCID: m.vsockCID,
 	})
-	return vm.State{PID: p.pid, Saved: b}, err
+	return vm.State{PID: p.PID, Saved: b}, err
 }
 
 // Restore takes over a machine of an earlier daemon; see vm.Driver. A QEMU whose monitor does not
@@ -536,7 +539,7 @@ func (d *Driver) Restore(ctx context.Context, state json.RawMessage) (vm.Machine
 	}
 	m := newMachine(d, vm.Spec{PodID: s.PodID, Dir: s.Dir})
 	m.vsockCID, m.restored, m.state, m.process = s.VsockCID, true, started, p
-	if m.console, err = openConsole(ctx, m.path(consoleSocket), m.LogPath(), m.panicked, m.log); err != nil {
+	if m.console, err = process.OpenConsole(ctx, m.path(consoleSocket), m.LogPath(), m.panicked, m.log); err != nil {
 		m.log.Warn("the guest's console is not logged", "error", err)
 		m.console = nil
 	}
@@ -548,24 +551,24 @@ func (d *Driver) Restore(ctx context.Context, state json.RawMessage) (vm.Machine
 }
 
 // find returns the process of a record if it still lives and is the very same.
-func find(s saved) (*process, error) {
-	if s.BootID != bootID() {
+func find(s saved) (*process.Process, error) {
+	if s.BootID != process.BootID() {
 		return nil, fmt.Errorf("the host has booted since: %w", vm.ErrGone)
 	}
 	fd, err := unix.PidfdOpen(s.PID, 0)
 	if err != nil {
 		return nil, fmt.Errorf("process %d: %w: %w", s.PID, err, vm.ErrGone)
 	}
-	p, err := adopt(s.PID, fd)
+	p, err := process.Adopt(s.PID, fd)
 	if err != nil {
 		return nil, err
 	}
-	start, err := p.startTime()
-	exe, _ := p.executable()
-	same := err == nil && start == s.StartTime && exe == s.Executable && p.named(processName(s.PodID))
+	start, err := p.StartTime()
+	exe, _ := p.Executable()
+	same := err == nil && start == s.StartTime && exe == s.Executable && p.Named(processName(s.PodID))
 	// Only if it lives now, what was read was about the process behind the descriptor.
-	if !same || !p.alive() {
-		p.pidfd.Close()
+	if !same || !p.Alive() {
+		p.Close()
 		return nil, fmt.Errorf("process %d is not its QEMU any more: %w", s.PID, vm.ErrGone)
 	}
 	return p, nil

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/process"
 )
 
 // Config is what a Driver needs to know of the host.
@@ -192,7 +193,7 @@ func checkSpec(s vm.Spec) error {
 
 func firstLine(b []byte) string {
 	line, _, _ := bytes.Cut(bytes.TrimSpace(b), []byte("\n"))
-	return printable(line, 200)
+	return process.Printable(line, 200)
 }
 
 // stderrOf returns what a failed program said, as the end of a sentence.
@@ -202,37 +203,4 @@ func stderrOf(err error) string {
 		return ": " + firstLine(ee.Stderr)
 	}
 	return ""
-}
-
-// printable returns at most limit bytes of b with everything replaced that could disturb a terminal
-// or a log.
-func printable(b []byte, limit int) string {
-	cut := len(b) > limit
-	if cut {
-		b = b[:limit]
-	}
-	s := strings.Map(func(r rune) rune {
-		switch {
-		case r == '\t':
-			return ' '
-		case r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == '\ufffd':
-			return -1
-		}
-		return r
-	}, strings.ToValidUTF8(string(b), ""))
-	if cut {
-		s += "…"
-	}
-	return s
-}
-
-// remove deletes files that may not be there.
-func remove(paths ...string) error {
-	var errs []error
-	for _, p := range paths {
-		if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
 }

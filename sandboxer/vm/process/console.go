@@ -1,4 +1,4 @@
-package qemu
+package process
 
 import (
 	"bytes"
@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	// logLimit bounds the console's log in bytes; the guest decides how much it prints.
-	logLimit = 1 << 20
+	// LogLimit bounds the console's log in bytes; the guest decides how much it prints.
+	LogLimit = 1 << 20
 	// tailSize is how much of the last output is kept in memory, in bytes.
 	tailSize = 2 << 10
 	// consoleRate is how much output is taken per consolePeriod, in bytes. A guest that prints
@@ -30,8 +30,8 @@ var consoleBuffers = sync.Pool{New: func() any { return new(consoleBuffer) }}
 
 type consoleBuffer [1 << 10]byte
 
-// console drains the guest's serial line into the pod's log. It is the only reader of the socket.
-type console struct {
+// Console drains the guest's serial line into the pod's log. It is the only reader of the socket.
+type Console struct {
 	conn     *net.UnixConn
 	file     *os.File // nil if it cannot be written any more
 	size     int64
@@ -43,16 +43,22 @@ type console struct {
 	tail []byte
 }
 
-// openConsole connects to the socket and appends to the log at path. A log that cannot be opened is
-// not fatal: the output is drained and its end is kept in memory all the same. A kernel's panic goes
-// to panicked, if that has room.
-func openConsole(ctx context.Context, socket, path string, panicked chan<- string, log *slog.Logger) (*console, error) {
+// OpenConsole connects to the socket and drains it as NewConsole does.
+func OpenConsole(ctx context.Context, socket, path string, panicked chan<- string, log *slog.Logger) (*Console, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to the guest's console: %w", err)
 	}
-	c := &console{conn: conn.(*net.UnixConn), log: log, panicked: panicked, done: make(chan struct{})}
+	return NewConsole(conn.(*net.UnixConn), path, panicked, log), nil
+}
+
+// NewConsole takes over a connection to the guest's console and appends to the log at path. A log that
+// cannot be opened is not fatal: the output is drained and its end is kept in memory all the same. A
+// kernel's panic goes to panicked, if that has room.
+func NewConsole(conn *net.UnixConn, path string, panicked chan<- string, log *slog.Logger) *Console {
+	c := &Console{conn: conn, log: log, panicked: panicked, done: make(chan struct{})}
+	var err error
 	c.file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		log.Warn("the guest's console is not logged", "error", err)
@@ -61,10 +67,16 @@ func openConsole(ctx context.Context, socket, path string, panicked chan<- strin
 		c.size = fi.Size()
 	}
 	go c.drain()
-	return c, nil
+	return c
 }
 
-func (c *console) drain() {
+// Done is closed when the hypervisor's end of the console is gone and all of it is in the log.
+func (c *Console) Done() <-chan struct{} { return c.done }
+
+// Close ends the reading.
+func (c *Console) Close() error { return c.conn.Close() }
+
+func (c *Console) drain() {
 	defer close(c.done)
 	raw, err := c.conn.SyscallConn()
 	if err != nil {
@@ -77,7 +89,7 @@ func (c *console) drain() {
 		err := raw.Read(func(fd uintptr) bool {
 			buf = consoleBuffers.Get().(*consoleBuffer)
 			var again bool
-			n, again = readNow(int(fd), buf[:])
+			n, again = ReadNow(int(fd), buf[:])
 			if again {
 				consoleBuffers.Put(buf)
 			}
@@ -100,7 +112,7 @@ func (c *console) drain() {
 	}
 }
 
-func (c *console) write(p []byte) {
+func (c *Console) write(p []byte) {
 	c.mu.Lock()
 	if c.tail == nil {
 		c.tail = make([]byte, 0, tailSize+len(consoleBuffer{}))
@@ -119,7 +131,7 @@ func (c *console) write(p []byte) {
 	if c.file == nil {
 		return
 	}
-	if c.size+int64(len(p)) > logLimit {
+	if c.size+int64(len(p)) > LogLimit {
 		c.shorten()
 	}
 	n, err := c.file.Write(p)
@@ -132,8 +144,8 @@ func (c *console) write(p []byte) {
 }
 
 // shorten keeps the second half of the log. The file stays the same one, for whoever follows it.
-func (c *console) shorten() {
-	half := make([]byte, logLimit/2)
+func (c *Console) shorten() {
+	half := make([]byte, LogLimit/2)
 	n, err := c.file.ReadAt(half, max(0, c.size-int64(len(half))))
 	if n == 0 {
 		c.log.Warn("cannot shorten the log of the guest's console", "error", err)
@@ -149,16 +161,16 @@ func (c *console) shorten() {
 	c.size = int64(n)
 }
 
-// lines returns the last lines of the output, at most limit.
-func (c *console) lines(limit int) []string {
+// Lines returns the last lines of the output, at most limit.
+func (c *Console) Lines(limit int) []string {
 	c.mu.Lock()
 	tail := string(c.tail)
 	c.mu.Unlock()
-	return lastLines(tail, limit)
+	return LastLines(tail, limit)
 }
 
-// panicLine returns the guest kernel's last words, or "".
-func (c *console) panicLine() string {
+// PanicLine returns the guest kernel's last words, or "".
+func (c *Console) PanicLine() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i := bytes.LastIndex(c.tail, []byte(panicMark))
@@ -170,14 +182,14 @@ func (c *console) panicLine() string {
 
 func panicLine(output []byte) string {
 	line, _, _ := bytes.Cut(output, []byte("\n"))
-	return printable(bytes.TrimSpace(line), 200)
+	return Printable(bytes.TrimSpace(line), 200)
 }
 
-// lastLines cleans output for people: no control characters, no empty lines, no overlong ones.
-func lastLines(output string, limit int) []string {
+// LastLines cleans output for people: no control characters, no empty lines, no overlong ones.
+func LastLines(output string, limit int) []string {
 	var lines []string
 	for line := range strings.Lines(output) {
-		if line = strings.TrimSpace(printable([]byte(line), 200)); line != "" {
+		if line = strings.TrimSpace(Printable([]byte(line), 200)); line != "" {
 			lines = append(lines, line)
 		}
 	}
