@@ -14,11 +14,12 @@ import (
 	"github.com/bufbuild/protocompile"
 	"github.com/bufbuild/protocompile/protoutil"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/pluginpb"
 )
 
 // Sources are the .proto files, relative to the module's root.
-var Sources = []string{"guest/protocol/guest.proto"}
+var Sources = []string{"guest/protocol/guest.proto", "sandboxer/controller/isulad/isulad.proto"}
 
 // plugins are run by "go tool" in this order.
 var plugins = []string{"protoc-gen-go", "protoc-gen-go-ttrpc"}
@@ -38,8 +39,21 @@ func Files(ctx context.Context, root string) (map[string][]byte, error) {
 		FileToGenerate: Sources,
 		Parameter:      proto.String("paths=source_relative"),
 	}
-	for _, file := range compiled {
+	// Plug-ins want a file's imports before the file.
+	added := map[string]bool{}
+	var add func(protoreflect.FileDescriptor)
+	add = func(file protoreflect.FileDescriptor) {
+		if added[file.Path()] {
+			return
+		}
+		added[file.Path()] = true
+		for i := range file.Imports().Len() {
+			add(file.Imports().Get(i).FileDescriptor)
+		}
 		request.ProtoFile = append(request.ProtoFile, protoutil.ProtoFromFileDescriptor(file))
+	}
+	for _, file := range compiled {
+		add(file)
 	}
 	input, err := proto.Marshal(request)
 	if err != nil {

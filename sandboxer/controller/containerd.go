@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,14 +22,10 @@ import (
 	"kuasar.io/kuasar/sandboxer/pod"
 )
 
-// dialect is one numbering of the fields of the service's messages.
-type dialect interface {
-	decode(m method, raw []byte) (request, error)
-	encode(m method, r result) ([]byte, error)
-}
-
 // containerd is the dialect of containerd 2.x.
 type containerd struct{}
+
+func (containerd) String() string { return "containerd 2.x" }
 
 // States of a sandbox; every other text counts as not ready.
 const (
@@ -81,8 +78,15 @@ func (containerd) decode(m method, raw []byte) (request, error) {
 		return request{id: r.GetSandboxID()}, err
 	case update:
 		var r sandboxapi.ControllerUpdateRequest
-		err := unmarshal(m, raw, &r)
-		return request{id: r.GetSandboxID()}, err
+		if err := unmarshal(m, raw, &r); err != nil {
+			return request{}, err
+		}
+		req := request{id: r.GetSandboxID()}
+		var err error
+		if slices.Contains(r.GetFields(), tasksField) {
+			req.tasks, err = snapshot(r.GetSandbox().GetExtensions()["tasks"])
+		}
+		return req, err
 	}
 	return request{}, fmt.Errorf("method %s: %w", m, errdefs.ErrNotImplemented)
 }

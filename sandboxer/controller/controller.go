@@ -3,8 +3,9 @@
 //
 // What arrives on the wire is kept apart from what it means: the server hands raw messages to a
 // dialect, which decodes them into requests and encodes results, and Controller does the work. The
-// service name is shared by clients that number the fields of its messages differently; another
-// dialect is another implementation of that interface, chosen by the bytes.
+// service name is shared by clients that number the fields of its messages differently: containerd 2.x,
+// iSulad 2.1.3 to 2.1.5, and iSulad from 2.1.6 on. Which one asks is told from the bytes of each request
+// (see rules), so that all of them can use one socket at the same time.
 package controller
 
 import (
@@ -51,9 +52,16 @@ const (
 	shutdown method = "Shutdown"
 	measure  method = "Metrics"
 	update   method = "Update"
+
+	// Methods of iSulad 2.1.3 to 2.1.5 alone.
+	prepare         method = "Prepare"
+	purge           method = "Purge"
+	updateResources method = "UpdateResources"
 )
 
-var methods = []method{create, start, platform, stop, wait, state, shutdown, measure, update}
+var methods = []method{
+	create, start, platform, stop, wait, state, shutdown, measure, update, prepare, purge, updateResources,
+}
 
 // request is a decoded call; fields that a method does not have are zero.
 type request struct {
@@ -63,6 +71,13 @@ type request struct {
 	cni     json.RawMessage
 	timeout time.Duration
 	verbose bool
+
+	// tasks is the complete list of the pod's containers; nil unless an Update brings one.
+	tasks []task
+	// task is what Prepare announces: a container, or its only process.
+	task *task
+	// container and exec name what Purge withdraws.
+	container, exec string
 }
 
 // result is what a call returns; a dialect encodes what its method's response has.
@@ -74,13 +89,16 @@ type result struct {
 
 // Controller carries out the calls.
 type Controller struct {
-	pods Pods
-	log  *slog.Logger
+	pods       Pods
+	containers Containers // nil if the pods do not have it
+	snapshots  locks      // by pod: snapshots are followed one after the other
+	log        *slog.Logger
 }
 
-// New returns a controller of pods.
+// New returns a controller of pods. Pods that are Containers too are told what iSulad announces.
 func New(pods Pods, log *slog.Logger) *Controller {
-	return &Controller{pods: pods, log: log}
+	containers, _ := pods.(Containers)
+	return &Controller{pods: pods, containers: containers, log: log}
 }
 
 func (c *Controller) do(ctx context.Context, m method, req request) (result, error) {
@@ -107,9 +125,19 @@ func (c *Controller) do(ctx context.Context, m method, req request) (result, err
 		}
 	case measure:
 		res.metrics, err = c.pods.Metrics(req.id)
-	case platform, update:
-		// The platform is the same for all pods. Updates carry nothing yet that a running machine
-		// could follow, and clients make no difference between a success and a refusal.
+	case update:
+		if req.tasks != nil {
+			err = c.follow(ctx, req.id, req.tasks)
+		}
+		// Other updates carry nothing that a running machine could follow, and clients make no
+		// difference between a success and a refusal.
+	case prepare:
+		err = c.prepare(ctx, req.id, req.task)
+	case purge:
+		err = c.withdraw(ctx, req.id, req.container, req.exec)
+	case platform, updateResources:
+		// The platform is the same for all pods, and what asks for it wants to know whether the daemon
+		// is there. Nothing is known to call the other.
 	}
 	return res, err
 }
@@ -146,6 +174,18 @@ func info(s pod.Status) (map[string]string, error) {
 
 // maxMessage bounds the text of an error on the wire, in bytes: it travels in HTTP/2 headers.
 const maxMessage = 4 << 10
+
+// waitError is the error of a Wait that failed. Clients take any status of Wait as the pod's end,
+// except for Unavailable, upon which they ask again; so that is the status of whatever says nothing of
+// the pod.
+func waitError(err error) error {
+	switch s := status.Convert(rpcError(err)); s.Code() {
+	case codes.OK, codes.NotFound, codes.InvalidArgument, codes.Unavailable:
+		return s.Err()
+	default:
+		return status.Error(codes.Unavailable, s.Message())
+	}
+}
 
 // rpcError gives err the status code of its class. The text crosses unchanged: it is what the user
 // of crictl and the events of Kubernetes see.

@@ -234,10 +234,14 @@ func TestBadRequests(t *testing.T) {
 	for _, m := range methods {
 		check("malformed "+string(m), raw(t, conn, string(m), []byte{0x0a, 0xff}), codes.InvalidArgument, "Controller"+string(m)+"Request")
 		if m != platform {
-			check("no id in "+string(m), raw(t, conn, string(m), nil), codes.InvalidArgument, "sandbox_id is empty")
+			want := "sandbox_id is empty"
+			if m == prepare || m == purge || m == updateResources {
+				want = "container_id"
+			}
+			check("no id in "+string(m), raw(t, conn, string(m), nil), codes.InvalidArgument, want)
 		}
 	}
-	check("unknown method", raw(t, conn, "Prepare", nil), codes.Unimplemented, "Prepare")
+	check("unknown method", raw(t, conn, "Resize", nil), codes.Unimplemented, "Resize")
 	_, err := c.Create(ctx, &sandboxapi.ControllerCreateRequest{SandboxID: "a", Options: &anypb.Any{TypeUrl: "runtime.v1.PodSandboxConfig", Value: []byte{0x0a, 0xff}}})
 	check("malformed options", err, codes.InvalidArgument, "options")
 	_, err = c.Create(ctx, &sandboxapi.ControllerCreateRequest{SandboxID: "a", Options: &anypb.Any{TypeUrl: "some.Thing"}})

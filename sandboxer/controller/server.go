@@ -7,18 +7,21 @@ import (
 	"net"
 	"runtime/debug"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/grpc/status"
 )
 
 // serviceName is shared by all dialects.
 const serviceName = "containerd.services.sandbox.v1.Controller"
 
-// maxRequest bounds a request, in bytes: 16 MiB and what goes around it. A longer one is refused
-// with ResourceExhausted, naming both sizes, before it is read.
-const maxRequest = 16<<20 + 64<<10
+// maxRequest bounds a request, in bytes: 16 MiB and what goes around it. An Update may be as long as
+// maxUpdate, because it may carry the specs of all containers of a pod. Longer ones are refused with
+// ResourceExhausted, naming both sizes; beyond maxUpdate before they are read.
+const (
+	maxRequest = 16<<20 + 64<<10
+	maxUpdate  = maxSnapshot + 64<<10
+)
 
 // Server serves a Controller.
 type Server struct {
@@ -29,7 +32,7 @@ type Server struct {
 func NewServer(c *Controller) *Server {
 	s := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
-		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxRecvMsgSize(maxUpdate),
 	)
 	desc := &grpc.ServiceDesc{ServiceName: serviceName}
 	for _, m := range methods {
@@ -68,23 +71,30 @@ func (c *Controller) serve(ctx context.Context, m method, raw []byte) (reply any
 	defer func() {
 		if r := recover(); r != nil {
 			c.log.Error("a request made the daemon panic", "method", m, "panic", r, "stack", string(debug.Stack()))
-			reply, err = nil, status.Error(codes.Internal, fmt.Sprintf("%s: a defect of the daemon; its log has the details", m))
+			reply, err = nil, fmt.Errorf("%s: a defect of the daemon; its log has the details", m)
+		}
+		if m == wait {
+			err = waitError(err)
+		} else {
+			err = rpcError(err)
 		}
 	}()
-	var d dialect = containerd{}
+	if n := len(raw); n > maxRequest && m != update {
+		return nil, fmt.Errorf("%s: the request is larger than max (%d vs. %d bytes): %w", m, n, maxRequest, errdefs.ErrResourceExhausted)
+	}
+	d := dialectOf(m, raw)
 	req, err := d.decode(m, raw)
 	if err != nil {
-		return nil, rpcError(err)
+		return nil, err
 	}
 	res, err := c.do(ctx, m, req)
 	if err != nil {
-		return nil, rpcError(err)
+		return nil, err
 	}
-	out, err := d.encode(m, res)
-	if err != nil {
-		return nil, rpcError(err)
+	if m == create {
+		c.log.Info("a client asked for the pod", "pod", req.id, "client", d.String())
 	}
-	return out, nil
+	return d.encode(m, res)
 }
 
 // rawCodec hands messages through as bytes, so that malformed ones reach a dialect, which can tell
