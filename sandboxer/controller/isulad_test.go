@@ -222,6 +222,7 @@ func TestDialectOf(t *testing.T) {
 		{"a rootfs from containerd without a sandboxer", create, slices.Concat(text(1, "a"), text(2, "m"), text(6, "s")), containerd{}},
 		{"a rootfs from iSulad 2.1.6", create, slices.Concat(text(1, "a"), text(2, "m"), text(10, "vmm")), isulad216{}},
 		{"typed options", create, slices.Concat(text(1, "a"), text(3, string(text(1, "url"))), text(10, "vmm")), containerd{}},
+		{"a rootfs and typed options", create, slices.Concat(text(1, "a"), text(2, "m"), text(3, string(text(1, "url"))), text(10, "vmm")), containerd{}},
 		{"no sandboxer's name", start, text(2, "a"), isulad213{}},
 		{"an empty sandboxer in field 10", start, slices.Concat(text(1, "vmm"), text(2, "a"), text(10, "")), isulad213{}},
 		{"unknown fields", start, slices.Concat(text(1, "vmm"), text(2, "a"), text(99, "x"), number(100)), isulad213{}},
@@ -481,6 +482,19 @@ func TestWaitErrors(t *testing.T) {
 				t.Errorf("%s: %v crossed as %v", dir, tc.err, err)
 			}
 		}
+	}
+}
+
+// brokenPods have a defect in Wait.
+type brokenPods struct{ fakePods }
+
+func (*brokenPods) Wait(context.Context, string) (pod.Status, error) { panic("a defect") }
+
+func TestPanicDoesNotEndPods(t *testing.T) {
+	conn, _, log := serve(t, &brokenPods{})
+	_, err := ask(t, conn, wait, recorded(t, "isulad216/Wait"))
+	if status.Code(err) != codes.Unavailable || !strings.Contains(log.String(), "brokenPods") {
+		t.Errorf("wait: %v; the log: %s", err, log)
 	}
 }
 
