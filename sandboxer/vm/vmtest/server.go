@@ -34,6 +34,9 @@ type Server struct {
 	Silent bool
 	// Commands are what it knows beside qmp_capabilities. Set them before Serve.
 	Commands map[string]Handler
+	// StratoVirt is the version of StratoVirt whose greeting it has, and who does not name the id of a
+	// request that it cannot parse, which includes unknown commands; empty means QEMU's.
+	StratoVirt string
 	// DieAfter makes OnDie be called instead of answering the n-th command after
 	// qmp_capabilities; 0 means never.
 	DieAfter int
@@ -108,12 +111,13 @@ func (s *Server) serve(conn *net.UnixConn) {
 		io.Copy(io.Discard, conn)
 		return
 	}
+	release, name, capabilities := map[string]int{"micro": 22, "minor": 2, "major": 7}, "stand-in", []string{"oob"}
+	if s.StratoVirt != "" {
+		release, name, capabilities = map[string]int{"micro": 1, "minor": 0, "major": 5}, "StratoVirt-"+s.StratoVirt, []string{}
+	}
 	s.send(map[string]any{"QMP": map[string]any{
-		"version": map[string]any{
-			"qemu":    map[string]int{"micro": 22, "minor": 2, "major": 7},
-			"package": "stand-in",
-		},
-		"capabilities": []string{"oob"},
+		"version":      map[string]any{"qemu": release, "package": name},
+		"capabilities": capabilities,
 	}})
 	buf := make([]byte, maxRequest+1)
 	oob := make([]byte, syscall.CmsgSpace(4*8))
@@ -160,7 +164,12 @@ func (s *Server) answer(req *request, file *os.File) {
 		}
 	}
 	if err != nil {
-		s.send(refusal(req.ID, err))
+		id := req.ID
+		var parse *unparsed
+		if s.StratoVirt != "" && (errors.As(err, &parse) || s.Commands[req.Execute] == nil) {
+			id = nil
+		}
+		s.send(refusal(id, err))
 		return
 	}
 	if result == nil {
@@ -198,6 +207,9 @@ func parseRequest(b []byte) (*request, error) {
 	}
 	return &req, nil
 }
+
+// unparsed is the error of arguments that are none of the command's.
+type unparsed struct{ error }
 
 // DecodeStrictly decodes exactly one JSON document with no unknown key into v.
 func DecodeStrictly(b []byte, v any) error {

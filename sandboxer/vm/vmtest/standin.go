@@ -45,13 +45,20 @@ type Behaviour struct {
 	DeafToUnplug int
 	// Refuse is a command that is answered with an error.
 	Refuse string
+	// ResetOn is a command during which the guest of a StratoVirt reboots.
+	ResetOn string
 }
 
 const behaviourFile = "behaviour.json"
 
-// StandIn makes a program that behaves as told and returns its path. The test's TestMain must call
+// StandIn makes a QEMU that behaves as told and returns its path. The test's TestMain must call
 // RunStandIn first.
 func StandIn(t testing.TB, b Behaviour) string {
+	t.Helper()
+	return standInNamed(t, "qemu-system-x86_64", b)
+}
+
+func standInNamed(t testing.TB, name string, b Behaviour) string {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -65,15 +72,22 @@ func StandIn(t testing.TB, b Behaviour) string {
 	if err := os.WriteFile(filepath.Join(dir, behaviourFile), config, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, "qemu-system-x86_64")
+	path := filepath.Join(dir, name)
 	if err := os.Symlink(self, path); err != nil {
 		t.Fatal(err)
 	}
 	return path
 }
 
-// RunStandIn turns this process into a QEMU and never returns, if it was started as one.
+// RunStandIn turns this process into a QEMU or a StratoVirt and never returns, if it was started as one.
 func RunStandIn() {
+	if filepath.Base(os.Args[0]) == stratoVirtProgram {
+		if err := runStratoVirt(os.Args[1:]); err != nil {
+			fmt.Fprintf(os.Stderr, "Error: %v\n", err)
+			exit(1)
+		}
+		exit(0)
+	}
 	if !strings.HasPrefix(filepath.Base(os.Args[0]), "qemu-system-") {
 		return
 	}
@@ -92,12 +106,8 @@ func runStandIn(args []string) error {
 	if err != nil {
 		return err
 	}
-	var b Behaviour
-	config, err := os.ReadFile(filepath.Join(filepath.Dir(os.Args[0]), behaviourFile))
+	b, err := readBehaviour()
 	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(config, &b); err != nil {
 		return err
 	}
 	if len(args) == 1 && args[0] == "--version" {
@@ -132,6 +142,15 @@ func runStandIn(args []string) error {
 		exit(b.Exit)
 	}
 	return (&standIn{behaviour: b, line: cl, disks: map[string]string{}, nodes: map[string]*os.File{}, sets: map[int]*os.File{}}).run()
+}
+
+// readBehaviour returns what the program was made to do.
+func readBehaviour() (b Behaviour, err error) {
+	config, err := os.ReadFile(filepath.Join(filepath.Dir(os.Args[0]), behaviourFile))
+	if err == nil {
+		err = json.Unmarshal(config, &b)
+	}
+	return b, err
 }
 
 // openFDs lists the descriptors that the process has inherited beyond the standard ones.

@@ -1,0 +1,44 @@
+package stratovirt
+
+import (
+	"encoding/json"
+	"os"
+	"testing"
+	"time"
+
+	"kuasar.io/kuasar/sandboxer/vm"
+)
+
+// DropMonitor closes the machine's connections to StratoVirt, as the end of its daemon does.
+func DropMonitor(machine vm.Machine) {
+	m := machine.(*Machine)
+	m.mu.Lock()
+	client, console := m.client, m.console
+	m.mu.Unlock()
+	client.Close()
+	console.Close()
+}
+
+// AskAgainAfter sets when a guest is asked again to let a disk go, until the test ends.
+func AskAgainAfter(t testing.TB, d time.Duration) {
+	before := unplugAgain
+	unplugAgain = d
+	t.Cleanup(func() { unplugAgain = before })
+}
+
+// CommandLine is what Start would execute; descriptors are numbered from 3.
+func CommandLine(d *Driver, s vm.Spec) []string {
+	args, _ := d.commandLine(s)
+	return args
+}
+
+// Blockdev is the request for a disk to the driver's version.
+func Blockdev(d *Driver, block bool) []byte {
+	b, err := json.Marshal(blockdev(d.version, "disk-0-x", vm.Disk{ReadOnly: true}, os.Stdin, block))
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+const RootPorts = rootPorts
