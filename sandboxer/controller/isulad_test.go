@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -482,6 +484,32 @@ func TestWaitErrors(t *testing.T) {
 				t.Errorf("%s: %v crossed as %v", dir, tc.err, err)
 			}
 		}
+	}
+}
+
+// cleartextHTTPS makes requests say https although nothing is encrypted.
+type cleartextHTTPS struct {
+	credentials.TransportCredentials
+}
+
+func (c cleartextHTTPS) Clone() credentials.TransportCredentials { return c }
+func (c cleartextHTTPS) Info() credentials.ProtocolInfo {
+	info := c.TransportCredentials.Info()
+	info.SecurityProtocol = "tls"
+	return info
+}
+
+// The client library of iSulad 2.1.6 sends ":scheme: https" and ":authority: [::]" on the plain socket.
+func TestHeadersOfISulad216(t *testing.T) {
+	plain, _, _ := serve(t, &fakePods{status: pod.Status{ID: podID, Address: "a"}})
+	conn, err := grpc.NewClient(plain.Target(), grpc.WithAuthority("[::]"),
+		grpc.WithTransportCredentials(cleartextHTTPS{insecure.NewCredentials()}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if got, err := ask(t, conn, start, recorded(t, "isulad216/Start")); err != nil || got[5] != "a" {
+		t.Errorf("start: %q, %v", got, err)
 	}
 }
 
