@@ -26,6 +26,13 @@ func AskAgainAfter(t testing.TB, d time.Duration) {
 	t.Cleanup(func() { unplugAgain = before })
 }
 
+// BoundMessagesEvery sets how often StratoVirt's messages are bounded, until the test ends.
+func BoundMessagesEvery(t testing.TB, d time.Duration) {
+	before := messagesPeriod
+	messagesPeriod = d
+	t.Cleanup(func() { messagesPeriod = before })
+}
+
 // CommandLine is what Start would execute; descriptors are numbered from 3.
 func CommandLine(d *Driver, s vm.Spec) []string {
 	args, _ := d.commandLine(s)
@@ -41,4 +48,7 @@ func Blockdev(d *Driver, block bool) []byte {
 	return b
 }
 
-const RootPorts = rootPorts
+const (
+	RootPorts     = rootPorts
+	MessagesLimit = messagesLimit
+)

@@ -37,7 +37,13 @@ const (
 	consoleLines = 10
 	// messagesSize is how much of the end of StratoVirt's own messages is read, in bytes.
 	messagesSize = 4096
+	// messagesLimit bounds the file with those messages, in bytes, as a guest may provoke many; it is
+	// looked at every messagesPeriod.
+	messagesLimit = 1 << 20
 )
+
+// messagesPeriod is longer than a second for the sake of hosts with many pods.
+var messagesPeriod = 5 * time.Second
 
 type state int
 
@@ -362,7 +368,9 @@ func (m *Machine) finish(e vm.Exit) {
 
 // watch waits for the end of the process and says why it came.
 func (m *Machine) watch(p *process.Process) {
+	stop := m.boundMessages()
 	status, known := p.Wait()
+	stop()
 	exit := vm.Exit{Time: time.Now(), Code: -1}
 	m.mu.Lock()
 	console, client, requested, reset := m.console, m.client, m.requested, m.reset
@@ -415,6 +423,26 @@ func (m *Machine) messages() string {
 		said += "; from 2.5 on, StratoVirt must be built with its features vhost_vsock and virtio_rng"
 	}
 	return said
+}
+
+// boundMessages empties the file of StratoVirt's messages whenever it is too large, until stop is called.
+// StratoVirt appends to it, so it goes on at the beginning.
+func (m *Machine) boundMessages() (stop func()) {
+	tick, done := time.NewTicker(messagesPeriod), make(chan struct{})
+	go func() {
+		for {
+			select {
+			case <-tick.C:
+				if fi, err := os.Stat(m.path(messagesFile)); err == nil && fi.Size() > messagesLimit {
+					m.log.Warn("StratoVirt says more than can be kept", "last", m.messages())
+					os.Truncate(m.path(messagesFile), 0)
+				}
+			case <-done:
+				return
+			}
+		}
+	}()
+	return func() { tick.Stop(); close(done) }
 }
 
 // Stop ends the machine; see vm.Machine.

@@ -575,3 +575,36 @@ func TestRestore(t *testing.T) {
 		t.Error("restored a record that it does not understand")
 	}
 }
+
+// TestMessagesAreBounded: what StratoVirt says does not fill the host's memory.
+func TestMessagesAreBounded(t *testing.T) {
+	stratovirt.BoundMessagesEvery(t, time.Millisecond)
+	flood := strings.Repeat("the guest misbehaves\n", stratovirt.MessagesLimit/20)
+	spec := fullSpec(t)
+	d := newDriver(t, "2.3.0", "virt", vmtest.Behaviour{Stderr: flood})
+	m, err := d.Create(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(deadline(t, 20*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	defer m.Stop(context.Background())
+	limit := time.After(10 * time.Second)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		fi, err := os.Stat(filepath.Join(spec.Dir, "stratovirt.log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fi.Size() <= stratovirt.MessagesLimit {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatalf("%d bytes are kept", fi.Size())
+		}
+	}
+}
