@@ -29,15 +29,15 @@ type fake struct {
 	t      *testing.T
 	dir    string
 	server *grpc.Server
+	guest  *ttrpc.Server
 
 	mu       sync.Mutex
 	log      []string // methods in order, those of the task service with their ids
 	requests map[string][][]byte
 	metadata map[string]metadata.MD
-	deadline bool // whether any call had one
-	active   int  // unary calls under way
-	overlap  bool
-	dials    int // connections to the task service
+	deadline bool   // whether any call had one
+	hold     func() // is called within Platform
+	dials    int    // connections to the task service
 	fail     map[string]error
 	state    string
 	execs    map[string]*taskapi.ExecProcessRequest
@@ -61,6 +61,7 @@ func newFake(t *testing.T, address string) *fake {
 	if err != nil {
 		t.Fatal(err)
 	}
+	f.guest = guest
 	taskapi.RegisterTTRPCTaskService(guest, &fakeGuest{f: f})
 	l, err := net.Listen("unix", filepath.Join(f.dir, "task"))
 	if err != nil {
@@ -104,18 +105,10 @@ func (f *fake) handle(_ any, stream grpc.ServerStream) error {
 	f.metadata[method] = md
 	f.deadline = f.deadline || deadline
 	err := f.fail[method]
-	if method != "Wait" {
-		f.active++
-		f.overlap = f.overlap || f.active > 1
-	}
-	state := f.state
+	state, hold := f.state, f.hold
 	f.mu.Unlock()
-	if method != "Wait" {
-		defer func() {
-			f.mu.Lock()
-			f.active--
-			f.mu.Unlock()
-		}()
+	if method == "Platform" && hold != nil {
+		hold()
 	}
 	if err != nil {
 		return err

@@ -367,21 +367,95 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-func TestSerialised(t *testing.T) {
+// TestGuestDies: what iSulad cannot learn it takes for 0, and what follows fails with warnings only.
+func TestGuestDies(t *testing.T) {
 	d, f := start(t, V216)
-	done := make(chan error)
-	for range 20 {
-		go func() { _, err := d.call("Platform", "p", nil); done <- err }()
+	startContainer(t, d, "c")
+	f.guest.Close()
+	if code, err := d.WaitContainer(soon(t), "c"); code != 0 || err != nil {
+		t.Errorf("the exit status is %d, %v", code, err)
 	}
-	for range 20 {
+	if _, err := d.Exec("c", ExecConfig{Args: []string{"x"}}); err == nil {
+		t.Error("an exec in a container that has exited succeeds")
+	}
+	if err := errors.Join(d.StopPod("p"), d.RemovePod("p")); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestFailedExec: an exec that never started is purged too, and its streams do not hold it.
+func TestFailedExec(t *testing.T) {
+	for version, want := range map[Version][]string{V213: {"Prepare", "Purge"}, V214: {"Prepare", "Purge"}, V216: {"Update", "Update"}} {
+		d, f := start(t, version)
+		startContainer(t, d, "c")
+		f.take()
+		f.mu.Lock()
+		f.fail["exec"] = status.Error(codes.Internal, "no")
+		f.mu.Unlock()
+		var out bytes.Buffer
+		if _, err := d.Exec("c", ExecConfig{Args: []string{"x"}, Stdin: &endless{}, Stdout: &out}); err == nil {
+			t.Errorf("version %d: an exec that is refused succeeds", version)
+		}
+		log := slices.DeleteFunc(f.take(), func(s string) bool { return strings.Contains(s, " ") })
+		if !slices.Equal(log, want) {
+			t.Errorf("version %d: announced by %q, want %q", version, log, want)
+		}
+		if len(d.pods["p"].ports) != 0 {
+			t.Errorf("version %d: the ports %v are not given back", version, d.pods["p"].ports)
+		}
+	}
+}
+
+// TestLostTasks: the list goes on after a restart from the file, and from nothing where that is lost.
+func TestLostTasks(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		d, f := start(t, V216)
+		startContainer(t, d, "c1")
+		if lost {
+			if err := os.Remove(d.tasksFile(d.pods["p"])); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Restart(); err != nil {
+			t.Fatal(err)
+		}
+		startContainer(t, d, "c2")
+		if list := tasksOf(t, f.last("Update")); strings.Contains(list, `"c1"`) == lost || !strings.Contains(list, `"c2"`) {
+			t.Errorf("with the file lost (%v) the list is %s", lost, list)
+		}
+	}
+}
+
+// TestSerialised: Gen-B holds its one lock for the whole of a unary call, but not while it waits.
+func TestSerialised(t *testing.T) {
+	for _, version := range []Version{V213, V216} {
+		d, f := start(t, version)
+		answer := <-f.waits // Wait is pending
+		free := func() bool {
+			if !d.client.unary.TryLock() {
+				return false
+			}
+			d.client.unary.Unlock()
+			return true
+		}
+		arrived, release := make(chan struct{}), make(chan struct{})
+		f.mu.Lock()
+		f.hold = func() { arrived <- struct{}{}; <-release }
+		f.mu.Unlock()
+		done := make(chan error)
+		go func() { _, err := d.call("Platform", "p", nil); done <- err }()
+		<-arrived
+		if free() != (version == V213) {
+			t.Errorf("version %d: another call may be made during one: %v", version, version != V213)
+		}
+		close(release)
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.overlap {
-		t.Error("two unary calls were under way at one time")
+		if !free() {
+			t.Errorf("version %d: no call can be made while Wait is pending", version)
+		}
+		answer <- nil
 	}
 }
 
