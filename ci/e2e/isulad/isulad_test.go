@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -402,6 +403,37 @@ func TestFailedExec(t *testing.T) {
 		}
 		if len(d.pods["p"].ports) != 0 {
 			t.Errorf("version %d: the ports %v are not given back", version, d.pods["p"].ports)
+		}
+	}
+}
+
+// TestNoListener: after ten tries for the first stream iSulad gives up silently on all of them.
+func TestNoListener(t *testing.T) {
+	tries := 0
+	c := Config{VsockRetry: time.Nanosecond, DialVsock: func(cid, port uint32) (net.Conn, error) {
+		if cid != 7 || port != 2001 {
+			t.Errorf("a connection to %d:%d", cid, port)
+		}
+		tries++
+		return nil, errors.New("refused")
+	}}
+	s := c.dialStreams(7, [3]uint32{0, 2001, 2002}, ExecConfig{})
+	s.join()
+	if tries != vsockTries {
+		t.Errorf("%d tries, want %d", tries, vsockTries)
+	}
+	if want := (stdio{stdout: "vsock://7:2001", stderr: "vsock://7:2002"}); s.stdio != want {
+		t.Errorf("the streams are %+v, want %+v", s.stdio, want)
+	}
+}
+
+// TestDetachedExec: Gen-B does not wait for an exec without streams, and purges it at once.
+func TestDetachedExec(t *testing.T) {
+	for version, want := range map[Version]uint32{V213: 7, V216: 0} {
+		d, _ := start(t, version)
+		startContainer(t, d, "c")
+		if code, err := d.Exec("c", ExecConfig{Args: []string{"x"}}); code != want || err != nil {
+			t.Errorf("version %d: an exec without streams returns %d, %v, want %d", version, code, err, want)
 		}
 	}
 }
