@@ -28,7 +28,7 @@ func start(t *testing.T, v Version) (*Daemon, *fake) {
 	f := newFake(t, address)
 	d, err := New(Config{
 		Version: v, Shim: shim, Sandboxer: "vmm", Socket: "unix://" + f.socket(), State: t.TempDir(), DialVsock: f.dial,
-		PlatformInterval: time.Millisecond, WaitTick: 4 * time.Millisecond, VsockRetry: 10 * time.Millisecond,
+		PlatformInterval: time.Millisecond, WaitTick: 4 * time.Millisecond, VsockRetry: 300 * time.Millisecond,
 	})
 	if err != nil {
 		t.Fatal(err)
