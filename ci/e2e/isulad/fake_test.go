@@ -32,6 +32,7 @@ type fake struct {
 	guest  *ttrpc.Server
 
 	mu       sync.Mutex
+	conns    []net.Conn // of the guest
 	log      []string // methods in order, those of the task service with their ids
 	requests map[string][][]byte
 	metadata map[string]metadata.MD
@@ -68,12 +69,39 @@ func newFake(t *testing.T, address string) *fake {
 		t.Fatal(err)
 	}
 	go func() {
-		if err := guest.Serve(context.Background(), l); !errors.Is(err, ttrpc.ErrServerClosed) {
+		if err := guest.Serve(context.Background(), trackingListener{l, f}); !errors.Is(err, ttrpc.ErrServerClosed) {
 			t.Error("the task service ends:", err)
 		}
 	}()
 	t.Cleanup(func() { guest.Close() })
 	return f
+}
+
+// die ends the guest with all connections, as the end of a virtual machine does. The server's Close
+// alone leaves those with calls under way open.
+func (f *fake) die() {
+	f.guest.Close()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, conn := range f.conns {
+		conn.Close()
+	}
+}
+
+// trackingListener remembers the connections of a fake's guest.
+type trackingListener struct {
+	net.Listener
+	f *fake
+}
+
+func (l trackingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.f.mu.Lock()
+		l.f.conns = append(l.f.conns, conn)
+		l.f.mu.Unlock()
+	}
+	return conn, err
 }
 
 func (f *fake) socket() string { return filepath.Join(f.dir, "sandboxer") }

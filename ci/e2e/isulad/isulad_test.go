@@ -372,9 +372,9 @@ func TestRestart(t *testing.T) {
 func TestGuestDies(t *testing.T) {
 	d, f := start(t, V216)
 	startContainer(t, d, "c")
-	f.guest.Close()
+	f.die()
 	if code, err := d.WaitContainer(soon(t), "c"); code != 0 || err != nil {
-		t.Errorf("the exit status is %d, %v", code, err)
+		t.Fatalf("the exit status is %d, %v", code, err)
 	}
 	if _, err := d.Exec("c", ExecConfig{Args: []string{"x"}}); err == nil {
 		t.Error("an exec in a container that has exited succeeds")
