@@ -33,7 +33,7 @@ type fake struct {
 
 	mu       sync.Mutex
 	conns    []net.Conn // of the guest
-	log      []string // methods in order, those of the task service with their ids
+	log      []string   // methods in order, those of the task service with their ids
 	requests map[string][][]byte
 	metadata map[string]metadata.MD
 	deadline bool   // whether any call had one
