@@ -77,7 +77,7 @@ func (x Storage_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Storage_Kind.Descriptor instead.
 func (Storage_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{12, 0}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{17, 0}
 }
 
 // Hello is the first message of the agent, sent once its services accept.
@@ -763,7 +763,10 @@ type PrepareContainerRequest struct {
 	// spec is the OCI runtime spec as JSON; root.path and all mount sources are guest paths.
 	Spec []byte `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	// storages are mounted in this order before Task.Create.
-	Storages      []*Storage `protobuf:"bytes,3,rep,name=storages,proto3" json:"storages,omitempty"`
+	Storages []*Storage `protobuf:"bytes,3,rep,name=storages,proto3" json:"storages,omitempty"`
+	// direct, if set, says that a client of the host makes the container, and processes in it, at the
+	// guest's own Task API, without the daemon between: see Direct. Feature "direct".
+	Direct        *Direct `protobuf:"bytes,4,opt,name=direct,proto3" json:"direct,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -819,6 +822,13 @@ func (x *PrepareContainerRequest) GetStorages() []*Storage {
 	return nil
 }
 
+func (x *PrepareContainerRequest) GetDirect() *Direct {
+	if x != nil {
+		return x.Direct
+	}
+	return nil
+}
+
 type PrepareContainerResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -855,6 +865,256 @@ func (*PrepareContainerResponse) Descriptor() ([]byte, []int) {
 	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{11}
 }
 
+// Direct is what the guest must know of a process that a client makes by itself. The client's Create
+// and Exec name paths of the host for bundle and streams, which mean nothing here. Statistics of direct
+// containers are those of cgroup v1, the only ones that such clients can read, and their execs, which
+// such clients never delete, go with their container at the latest.
+type Direct struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The standard streams, in place of those that the client names: "stdio://<token>" is the daemon's
+	// to take; "vsock://<cid>:<port>" is where the guest listens for the client to connect; empty is none.
+	Stdin         string `protobuf:"bytes,1,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Stdout        string `protobuf:"bytes,2,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr        string `protobuf:"bytes,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Direct) Reset() {
+	*x = Direct{}
+	mi := &file_guest_protocol_guest_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Direct) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Direct) ProtoMessage() {}
+
+func (x *Direct) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_protocol_guest_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Direct.ProtoReflect.Descriptor instead.
+func (*Direct) Descriptor() ([]byte, []int) {
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Direct) GetStdin() string {
+	if x != nil {
+		return x.Stdin
+	}
+	return ""
+}
+
+func (x *Direct) GetStdout() string {
+	if x != nil {
+		return x.Stdout
+	}
+	return ""
+}
+
+func (x *Direct) GetStderr() string {
+	if x != nil {
+		return x.Stderr
+	}
+	return ""
+}
+
+type PrepareProcessRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	ExecId        string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	Direct        *Direct                `protobuf:"bytes,3,opt,name=direct,proto3" json:"direct,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareProcessRequest) Reset() {
+	*x = PrepareProcessRequest{}
+	mi := &file_guest_protocol_guest_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareProcessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareProcessRequest) ProtoMessage() {}
+
+func (x *PrepareProcessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_protocol_guest_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareProcessRequest.ProtoReflect.Descriptor instead.
+func (*PrepareProcessRequest) Descriptor() ([]byte, []int) {
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PrepareProcessRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *PrepareProcessRequest) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
+func (x *PrepareProcessRequest) GetDirect() *Direct {
+	if x != nil {
+		return x.Direct
+	}
+	return nil
+}
+
+type PrepareProcessResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareProcessResponse) Reset() {
+	*x = PrepareProcessResponse{}
+	mi := &file_guest_protocol_guest_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareProcessResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareProcessResponse) ProtoMessage() {}
+
+func (x *PrepareProcessResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_protocol_guest_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareProcessResponse.ProtoReflect.Descriptor instead.
+func (*PrepareProcessResponse) Descriptor() ([]byte, []int) {
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{14}
+}
+
+type PurgeProcessRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	ExecId        string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeProcessRequest) Reset() {
+	*x = PurgeProcessRequest{}
+	mi := &file_guest_protocol_guest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeProcessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeProcessRequest) ProtoMessage() {}
+
+func (x *PurgeProcessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_protocol_guest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeProcessRequest.ProtoReflect.Descriptor instead.
+func (*PurgeProcessRequest) Descriptor() ([]byte, []int) {
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PurgeProcessRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *PurgeProcessRequest) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
+type PurgeProcessResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeProcessResponse) Reset() {
+	*x = PurgeProcessResponse{}
+	mi := &file_guest_protocol_guest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeProcessResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeProcessResponse) ProtoMessage() {}
+
+func (x *PurgeProcessResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_protocol_guest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeProcessResponse.ProtoReflect.Descriptor instead.
+func (*PurgeProcessResponse) Descriptor() ([]byte, []int) {
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{16}
+}
+
 // Storage is something that only the guest can mount.
 type Storage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -871,7 +1131,7 @@ type Storage struct {
 
 func (x *Storage) Reset() {
 	*x = Storage{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[12]
+	mi := &file_guest_protocol_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -883,7 +1143,7 @@ func (x *Storage) String() string {
 func (*Storage) ProtoMessage() {}
 
 func (x *Storage) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[12]
+	mi := &file_guest_protocol_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -896,7 +1156,7 @@ func (x *Storage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Storage.ProtoReflect.Descriptor instead.
 func (*Storage) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Storage) GetKind() Storage_Kind {
@@ -943,7 +1203,7 @@ type PurgeContainerRequest struct {
 
 func (x *PurgeContainerRequest) Reset() {
 	*x = PurgeContainerRequest{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[13]
+	mi := &file_guest_protocol_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1215,7 @@ func (x *PurgeContainerRequest) String() string {
 func (*PurgeContainerRequest) ProtoMessage() {}
 
 func (x *PurgeContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[13]
+	mi := &file_guest_protocol_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1228,7 @@ func (x *PurgeContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeContainerRequest.ProtoReflect.Descriptor instead.
 func (*PurgeContainerRequest) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PurgeContainerRequest) GetContainerId() string {
@@ -986,7 +1246,7 @@ type PurgeContainerResponse struct {
 
 func (x *PurgeContainerResponse) Reset() {
 	*x = PurgeContainerResponse{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[14]
+	mi := &file_guest_protocol_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1258,7 @@ func (x *PurgeContainerResponse) String() string {
 func (*PurgeContainerResponse) ProtoMessage() {}
 
 func (x *PurgeContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[14]
+	mi := &file_guest_protocol_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1271,7 @@ func (x *PurgeContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeContainerResponse.ProtoReflect.Descriptor instead.
 func (*PurgeContainerResponse) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{19}
 }
 
 type SetClockRequest struct {
@@ -1023,7 +1283,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[15]
+	mi := &file_guest_protocol_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1295,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[15]
+	mi := &file_guest_protocol_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1308,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SetClockRequest) GetUnixNanos() int64 {
@@ -1068,7 +1328,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[16]
+	mi := &file_guest_protocol_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1340,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[16]
+	mi := &file_guest_protocol_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1353,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SetClockResponse) GetDeltaNanos() int64 {
@@ -1111,7 +1371,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[17]
+	mi := &file_guest_protocol_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1383,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[17]
+	mi := &file_guest_protocol_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1396,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{22}
 }
 
 type Event struct {
@@ -1144,6 +1404,7 @@ type Event struct {
 	// Types that are valid to be assigned to Event:
 	//
 	//	*Event_OomContainerId
+	//	*Event_DeletedContainerId
 	Event         isEvent_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1151,7 +1412,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[18]
+	mi := &file_guest_protocol_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1163,7 +1424,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[18]
+	mi := &file_guest_protocol_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1176,7 +1437,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Event) GetEvent() isEvent_Event {
@@ -1195,6 +1456,15 @@ func (x *Event) GetOomContainerId() string {
 	return ""
 }
 
+func (x *Event) GetDeletedContainerId() string {
+	if x != nil {
+		if x, ok := x.Event.(*Event_DeletedContainerId); ok {
+			return x.DeletedContainerId
+		}
+	}
+	return ""
+}
+
 type isEvent_Event interface {
 	isEvent_Event()
 }
@@ -1204,7 +1474,15 @@ type Event_OomContainerId struct {
 	OomContainerId string `protobuf:"bytes,1,opt,name=oom_container_id,json=oomContainerId,proto3,oneof"`
 }
 
+type Event_DeletedContainerId struct {
+	// deleted_container_id: a client has deleted this direct container; nothing uses its files any
+	// more. Its announcement stands until PurgeContainer.
+	DeletedContainerId string `protobuf:"bytes,2,opt,name=deleted_container_id,json=deletedContainerId,proto3,oneof"`
+}
+
 func (*Event_OomContainerId) isEvent_Event() {}
+
+func (*Event_DeletedContainerId) isEvent_Event() {}
 
 type PowerOffRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1215,7 +1493,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[19]
+	mi := &file_guest_protocol_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1505,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[19]
+	mi := &file_guest_protocol_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1518,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PowerOffRequest) GetGraceMillis() uint32 {
@@ -1258,7 +1536,7 @@ type PowerOffResponse struct {
 
 func (x *PowerOffResponse) Reset() {
 	*x = PowerOffResponse{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[20]
+	mi := &file_guest_protocol_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1270,7 +1548,7 @@ func (x *PowerOffResponse) String() string {
 func (*PowerOffResponse) ProtoMessage() {}
 
 func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[20]
+	mi := &file_guest_protocol_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1283,7 +1561,7 @@ func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffResponse.ProtoReflect.Descriptor instead.
 func (*PowerOffResponse) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{25}
 }
 
 var File_guest_protocol_guest_proto protoreflect.FileDescriptor
@@ -1348,12 +1626,26 @@ const file_guest_protocol_guest_proto_rawDesc = "" +
 	"\x06device\x18\x03 \x01(\tR\x06device\"J\n" +
 	"\x14UpdateNetworkRequest\x122\n" +
 	"\anetwork\x18\x01 \x01(\v2\x18.kuasar.guest.v1.NetworkR\anetwork\"\x17\n" +
-	"\x15UpdateNetworkResponse\"\x86\x01\n" +
+	"\x15UpdateNetworkResponse\"\xb7\x01\n" +
 	"\x17PrepareContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x124\n" +
-	"\bstorages\x18\x03 \x03(\v2\x18.kuasar.guest.v1.StorageR\bstorages\"\x1a\n" +
-	"\x18PrepareContainerResponse\"\xdb\x01\n" +
+	"\bstorages\x18\x03 \x03(\v2\x18.kuasar.guest.v1.StorageR\bstorages\x12/\n" +
+	"\x06direct\x18\x04 \x01(\v2\x17.kuasar.guest.v1.DirectR\x06direct\"\x1a\n" +
+	"\x18PrepareContainerResponse\"N\n" +
+	"\x06Direct\x12\x14\n" +
+	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
+	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x03 \x01(\tR\x06stderr\"\x84\x01\n" +
+	"\x15PrepareProcessRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12/\n" +
+	"\x06direct\x18\x03 \x01(\v2\x17.kuasar.guest.v1.DirectR\x06direct\"\x18\n" +
+	"\x16PrepareProcessResponse\"Q\n" +
+	"\x13PurgeProcessRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\x16\n" +
+	"\x14PurgeProcessResponse\"\xdb\x01\n" +
 	"\aStorage\x121\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1d.kuasar.guest.v1.Storage.KindR\x04kind\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x1f\n" +
@@ -1374,18 +1666,21 @@ const file_guest_protocol_guest_proto_rawDesc = "" +
 	"\x10SetClockResponse\x12\x1f\n" +
 	"\vdelta_nanos\x18\x01 \x01(\x03R\n" +
 	"deltaNanos\"\x0f\n" +
-	"\rEventsRequest\"<\n" +
+	"\rEventsRequest\"p\n" +
 	"\x05Event\x12*\n" +
-	"\x10oom_container_id\x18\x01 \x01(\tH\x00R\x0eoomContainerIdB\a\n" +
+	"\x10oom_container_id\x18\x01 \x01(\tH\x00R\x0eoomContainerId\x122\n" +
+	"\x14deleted_container_id\x18\x02 \x01(\tH\x00R\x12deletedContainerIdB\a\n" +
 	"\x05event\"4\n" +
 	"\x0fPowerOffRequest\x12!\n" +
 	"\fgrace_millis\x18\x01 \x01(\rR\vgraceMillis\"\x12\n" +
-	"\x10PowerOffResponse2\xe3\x04\n" +
+	"\x10PowerOffResponse2\xa3\x06\n" +
 	"\aSandbox\x12F\n" +
 	"\x05Setup\x12\x1d.kuasar.guest.v1.SetupRequest\x1a\x1e.kuasar.guest.v1.SetupResponse\x12^\n" +
 	"\rUpdateNetwork\x12%.kuasar.guest.v1.UpdateNetworkRequest\x1a&.kuasar.guest.v1.UpdateNetworkResponse\x12g\n" +
 	"\x10PrepareContainer\x12(.kuasar.guest.v1.PrepareContainerRequest\x1a).kuasar.guest.v1.PrepareContainerResponse\x12a\n" +
-	"\x0ePurgeContainer\x12&.kuasar.guest.v1.PurgeContainerRequest\x1a'.kuasar.guest.v1.PurgeContainerResponse\x12O\n" +
+	"\x0ePurgeContainer\x12&.kuasar.guest.v1.PurgeContainerRequest\x1a'.kuasar.guest.v1.PurgeContainerResponse\x12a\n" +
+	"\x0ePrepareProcess\x12&.kuasar.guest.v1.PrepareProcessRequest\x1a'.kuasar.guest.v1.PrepareProcessResponse\x12[\n" +
+	"\fPurgeProcess\x12$.kuasar.guest.v1.PurgeProcessRequest\x1a%.kuasar.guest.v1.PurgeProcessResponse\x12O\n" +
 	"\bSetClock\x12 .kuasar.guest.v1.SetClockRequest\x1a!.kuasar.guest.v1.SetClockResponse\x12B\n" +
 	"\x06Events\x12\x1e.kuasar.guest.v1.EventsRequest\x1a\x16.kuasar.guest.v1.Event0\x01\x12O\n" +
 	"\bPowerOff\x12 .kuasar.guest.v1.PowerOffRequest\x1a!.kuasar.guest.v1.PowerOffResponseB*Z(kuasar.io/kuasar/guest/protocol;protocolb\x06proto3"
@@ -1403,7 +1698,7 @@ func file_guest_protocol_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_protocol_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_guest_protocol_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_guest_protocol_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_guest_protocol_guest_proto_goTypes = []any{
 	(Storage_Kind)(0),                // 0: kuasar.guest.v1.Storage.Kind
 	(*Hello)(nil),                    // 1: kuasar.guest.v1.Hello
@@ -1418,45 +1713,56 @@ var file_guest_protocol_guest_proto_goTypes = []any{
 	(*UpdateNetworkResponse)(nil),    // 10: kuasar.guest.v1.UpdateNetworkResponse
 	(*PrepareContainerRequest)(nil),  // 11: kuasar.guest.v1.PrepareContainerRequest
 	(*PrepareContainerResponse)(nil), // 12: kuasar.guest.v1.PrepareContainerResponse
-	(*Storage)(nil),                  // 13: kuasar.guest.v1.Storage
-	(*PurgeContainerRequest)(nil),    // 14: kuasar.guest.v1.PurgeContainerRequest
-	(*PurgeContainerResponse)(nil),   // 15: kuasar.guest.v1.PurgeContainerResponse
-	(*SetClockRequest)(nil),          // 16: kuasar.guest.v1.SetClockRequest
-	(*SetClockResponse)(nil),         // 17: kuasar.guest.v1.SetClockResponse
-	(*EventsRequest)(nil),            // 18: kuasar.guest.v1.EventsRequest
-	(*Event)(nil),                    // 19: kuasar.guest.v1.Event
-	(*PowerOffRequest)(nil),          // 20: kuasar.guest.v1.PowerOffRequest
-	(*PowerOffResponse)(nil),         // 21: kuasar.guest.v1.PowerOffResponse
-	nil,                              // 22: kuasar.guest.v1.SetupRequest.SysctlsEntry
+	(*Direct)(nil),                   // 13: kuasar.guest.v1.Direct
+	(*PrepareProcessRequest)(nil),    // 14: kuasar.guest.v1.PrepareProcessRequest
+	(*PrepareProcessResponse)(nil),   // 15: kuasar.guest.v1.PrepareProcessResponse
+	(*PurgeProcessRequest)(nil),      // 16: kuasar.guest.v1.PurgeProcessRequest
+	(*PurgeProcessResponse)(nil),     // 17: kuasar.guest.v1.PurgeProcessResponse
+	(*Storage)(nil),                  // 18: kuasar.guest.v1.Storage
+	(*PurgeContainerRequest)(nil),    // 19: kuasar.guest.v1.PurgeContainerRequest
+	(*PurgeContainerResponse)(nil),   // 20: kuasar.guest.v1.PurgeContainerResponse
+	(*SetClockRequest)(nil),          // 21: kuasar.guest.v1.SetClockRequest
+	(*SetClockResponse)(nil),         // 22: kuasar.guest.v1.SetClockResponse
+	(*EventsRequest)(nil),            // 23: kuasar.guest.v1.EventsRequest
+	(*Event)(nil),                    // 24: kuasar.guest.v1.Event
+	(*PowerOffRequest)(nil),          // 25: kuasar.guest.v1.PowerOffRequest
+	(*PowerOffResponse)(nil),         // 26: kuasar.guest.v1.PowerOffResponse
+	nil,                              // 27: kuasar.guest.v1.SetupRequest.SysctlsEntry
 }
 var file_guest_protocol_guest_proto_depIdxs = []int32{
-	22, // 0: kuasar.guest.v1.SetupRequest.sysctls:type_name -> kuasar.guest.v1.SetupRequest.SysctlsEntry
+	27, // 0: kuasar.guest.v1.SetupRequest.sysctls:type_name -> kuasar.guest.v1.SetupRequest.SysctlsEntry
 	5,  // 1: kuasar.guest.v1.SetupRequest.network:type_name -> kuasar.guest.v1.Network
 	6,  // 2: kuasar.guest.v1.Network.interfaces:type_name -> kuasar.guest.v1.Interface
 	7,  // 3: kuasar.guest.v1.Network.routes:type_name -> kuasar.guest.v1.Route
 	8,  // 4: kuasar.guest.v1.Network.neighbours:type_name -> kuasar.guest.v1.Neighbour
 	5,  // 5: kuasar.guest.v1.UpdateNetworkRequest.network:type_name -> kuasar.guest.v1.Network
-	13, // 6: kuasar.guest.v1.PrepareContainerRequest.storages:type_name -> kuasar.guest.v1.Storage
-	0,  // 7: kuasar.guest.v1.Storage.kind:type_name -> kuasar.guest.v1.Storage.Kind
-	3,  // 8: kuasar.guest.v1.Sandbox.Setup:input_type -> kuasar.guest.v1.SetupRequest
-	9,  // 9: kuasar.guest.v1.Sandbox.UpdateNetwork:input_type -> kuasar.guest.v1.UpdateNetworkRequest
-	11, // 10: kuasar.guest.v1.Sandbox.PrepareContainer:input_type -> kuasar.guest.v1.PrepareContainerRequest
-	14, // 11: kuasar.guest.v1.Sandbox.PurgeContainer:input_type -> kuasar.guest.v1.PurgeContainerRequest
-	16, // 12: kuasar.guest.v1.Sandbox.SetClock:input_type -> kuasar.guest.v1.SetClockRequest
-	18, // 13: kuasar.guest.v1.Sandbox.Events:input_type -> kuasar.guest.v1.EventsRequest
-	20, // 14: kuasar.guest.v1.Sandbox.PowerOff:input_type -> kuasar.guest.v1.PowerOffRequest
-	4,  // 15: kuasar.guest.v1.Sandbox.Setup:output_type -> kuasar.guest.v1.SetupResponse
-	10, // 16: kuasar.guest.v1.Sandbox.UpdateNetwork:output_type -> kuasar.guest.v1.UpdateNetworkResponse
-	12, // 17: kuasar.guest.v1.Sandbox.PrepareContainer:output_type -> kuasar.guest.v1.PrepareContainerResponse
-	15, // 18: kuasar.guest.v1.Sandbox.PurgeContainer:output_type -> kuasar.guest.v1.PurgeContainerResponse
-	17, // 19: kuasar.guest.v1.Sandbox.SetClock:output_type -> kuasar.guest.v1.SetClockResponse
-	19, // 20: kuasar.guest.v1.Sandbox.Events:output_type -> kuasar.guest.v1.Event
-	21, // 21: kuasar.guest.v1.Sandbox.PowerOff:output_type -> kuasar.guest.v1.PowerOffResponse
-	15, // [15:22] is the sub-list for method output_type
-	8,  // [8:15] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	18, // 6: kuasar.guest.v1.PrepareContainerRequest.storages:type_name -> kuasar.guest.v1.Storage
+	13, // 7: kuasar.guest.v1.PrepareContainerRequest.direct:type_name -> kuasar.guest.v1.Direct
+	13, // 8: kuasar.guest.v1.PrepareProcessRequest.direct:type_name -> kuasar.guest.v1.Direct
+	0,  // 9: kuasar.guest.v1.Storage.kind:type_name -> kuasar.guest.v1.Storage.Kind
+	3,  // 10: kuasar.guest.v1.Sandbox.Setup:input_type -> kuasar.guest.v1.SetupRequest
+	9,  // 11: kuasar.guest.v1.Sandbox.UpdateNetwork:input_type -> kuasar.guest.v1.UpdateNetworkRequest
+	11, // 12: kuasar.guest.v1.Sandbox.PrepareContainer:input_type -> kuasar.guest.v1.PrepareContainerRequest
+	19, // 13: kuasar.guest.v1.Sandbox.PurgeContainer:input_type -> kuasar.guest.v1.PurgeContainerRequest
+	14, // 14: kuasar.guest.v1.Sandbox.PrepareProcess:input_type -> kuasar.guest.v1.PrepareProcessRequest
+	16, // 15: kuasar.guest.v1.Sandbox.PurgeProcess:input_type -> kuasar.guest.v1.PurgeProcessRequest
+	21, // 16: kuasar.guest.v1.Sandbox.SetClock:input_type -> kuasar.guest.v1.SetClockRequest
+	23, // 17: kuasar.guest.v1.Sandbox.Events:input_type -> kuasar.guest.v1.EventsRequest
+	25, // 18: kuasar.guest.v1.Sandbox.PowerOff:input_type -> kuasar.guest.v1.PowerOffRequest
+	4,  // 19: kuasar.guest.v1.Sandbox.Setup:output_type -> kuasar.guest.v1.SetupResponse
+	10, // 20: kuasar.guest.v1.Sandbox.UpdateNetwork:output_type -> kuasar.guest.v1.UpdateNetworkResponse
+	12, // 21: kuasar.guest.v1.Sandbox.PrepareContainer:output_type -> kuasar.guest.v1.PrepareContainerResponse
+	20, // 22: kuasar.guest.v1.Sandbox.PurgeContainer:output_type -> kuasar.guest.v1.PurgeContainerResponse
+	15, // 23: kuasar.guest.v1.Sandbox.PrepareProcess:output_type -> kuasar.guest.v1.PrepareProcessResponse
+	17, // 24: kuasar.guest.v1.Sandbox.PurgeProcess:output_type -> kuasar.guest.v1.PurgeProcessResponse
+	22, // 25: kuasar.guest.v1.Sandbox.SetClock:output_type -> kuasar.guest.v1.SetClockResponse
+	24, // 26: kuasar.guest.v1.Sandbox.Events:output_type -> kuasar.guest.v1.Event
+	26, // 27: kuasar.guest.v1.Sandbox.PowerOff:output_type -> kuasar.guest.v1.PowerOffResponse
+	19, // [19:28] is the sub-list for method output_type
+	10, // [10:19] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_guest_protocol_guest_proto_init() }
@@ -1464,8 +1770,9 @@ func file_guest_protocol_guest_proto_init() {
 	if File_guest_protocol_guest_proto != nil {
 		return
 	}
-	file_guest_protocol_guest_proto_msgTypes[18].OneofWrappers = []any{
+	file_guest_protocol_guest_proto_msgTypes[23].OneofWrappers = []any{
 		(*Event_OomContainerId)(nil),
+		(*Event_DeletedContainerId)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1473,7 +1780,7 @@ func file_guest_protocol_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_protocol_guest_proto_rawDesc), len(file_guest_protocol_guest_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   22,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

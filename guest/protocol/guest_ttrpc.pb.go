@@ -12,6 +12,8 @@ type SandboxService interface {
 	UpdateNetwork(context.Context, *UpdateNetworkRequest) (*UpdateNetworkResponse, error)
 	PrepareContainer(context.Context, *PrepareContainerRequest) (*PrepareContainerResponse, error)
 	PurgeContainer(context.Context, *PurgeContainerRequest) (*PurgeContainerResponse, error)
+	PrepareProcess(context.Context, *PrepareProcessRequest) (*PrepareProcessResponse, error)
+	PurgeProcess(context.Context, *PurgeProcessRequest) (*PurgeProcessResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
 	Events(context.Context, *EventsRequest, Sandbox_EventsServer) error
 	PowerOff(context.Context, *PowerOffRequest) (*PowerOffResponse, error)
@@ -61,6 +63,20 @@ func RegisterSandboxService(srv *ttrpc.Server, svc SandboxService) {
 				}
 				return svc.PurgeContainer(ctx, &req)
 			},
+			"PrepareProcess": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PrepareProcessRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.PrepareProcess(ctx, &req)
+			},
+			"PurgeProcess": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PurgeProcessRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.PurgeProcess(ctx, &req)
+			},
 			"SetClock": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SetClockRequest
 				if err := unmarshal(&req); err != nil {
@@ -97,6 +113,8 @@ type SandboxClient interface {
 	UpdateNetwork(context.Context, *UpdateNetworkRequest) (*UpdateNetworkResponse, error)
 	PrepareContainer(context.Context, *PrepareContainerRequest) (*PrepareContainerResponse, error)
 	PurgeContainer(context.Context, *PurgeContainerRequest) (*PurgeContainerResponse, error)
+	PrepareProcess(context.Context, *PrepareProcessRequest) (*PrepareProcessResponse, error)
+	PurgeProcess(context.Context, *PurgeProcessRequest) (*PurgeProcessResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
 	Events(context.Context, *EventsRequest) (Sandbox_EventsClient, error)
 	PowerOff(context.Context, *PowerOffRequest) (*PowerOffResponse, error)
@@ -139,6 +157,22 @@ func (c *sandboxClient) PrepareContainer(ctx context.Context, req *PrepareContai
 func (c *sandboxClient) PurgeContainer(ctx context.Context, req *PurgeContainerRequest) (*PurgeContainerResponse, error) {
 	var resp PurgeContainerResponse
 	if err := c.client.Call(ctx, "kuasar.guest.v1.Sandbox", "PurgeContainer", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *sandboxClient) PrepareProcess(ctx context.Context, req *PrepareProcessRequest) (*PrepareProcessResponse, error) {
+	var resp PrepareProcessResponse
+	if err := c.client.Call(ctx, "kuasar.guest.v1.Sandbox", "PrepareProcess", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *sandboxClient) PurgeProcess(ctx context.Context, req *PurgeProcessRequest) (*PurgeProcessResponse, error) {
+	var resp PurgeProcessResponse
+	if err := c.client.Call(ctx, "kuasar.guest.v1.Sandbox", "PurgeProcess", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -41,9 +41,13 @@ const (
 	// PortStdio carries the standard streams of processes (package stdio).
 	PortStdio = 1026
 	// PortHello is the host's port to which the agent says hello: on vsock a port of CID 2, on
-	// the serial multiplex a stream that the guest opens.
+	// the serial multiplex a stream that the guest opens. On vsock the agent listens on the port of
+	// this number, too, and says hello again to whoever of the host connects: a new daemon.
 	PortHello = 1027
 )
+
+// FeatureDirect is the name in Hello.Features of Direct: clients make containers at the agent.
+const FeatureDirect = "direct"
 
 // SerialPort is the name of the virtio-serial port that carries the multiplex.
 const SerialPort = "kuasar.agent.0"
@@ -82,3 +86,7 @@ const (
 // host sends to the guest: StdioScheme followed by the token under which it opened the stream on
 // PortStdio. An empty string means no stream.
 const StdioScheme = "stdio://"
+
+// VsockScheme begins the names of streams for which the guest listens, which is for direct containers
+// only: VsockScheme, the guest's context id, a colon, and the port.
+const VsockScheme = "vsock://"

@@ -57,6 +57,11 @@ type Options struct {
 	Storage Storage
 	// SharedPID says that the pod's containers share one pid namespace.
 	SharedPID bool
+	// Announced says that the pod's client announces containers and processes before it makes them,
+	// as iSulad does: Create and Exec take spec, root file system and limits from there.
+	Announced bool
+	// Direct says that it makes them at the guest's own task API, not here. It implies Announced.
+	Direct bool
 	// Journal, if set, is called with all records after every change worth remembering. Calls
 	// do not overlap and are in order.
 	Journal func([]Record)

@@ -16,11 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/container"
 	"kuasar.io/kuasar/sandboxer/guestlink"
 	"kuasar.io/kuasar/sandboxer/vm"
 )
@@ -541,6 +543,22 @@ func (c *fakeContainers) OOM(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ooms = append(c.ooms, id)
+}
+
+func (c *fakeContainers) Deleted(string) {}
+
+func (c *fakeContainers) Announced() map[string][]string { return nil }
+
+func (c *fakeContainers) AnnounceContainer(context.Context, container.CreateRequest) error {
+	return errdefs.ErrNotImplemented
+}
+
+func (c *fakeContainers) AnnounceProcess(context.Context, container.ExecRequest) error {
+	return errdefs.ErrNotImplemented
+}
+
+func (c *fakeContainers) Withdraw(context.Context, string, string) error {
+	return errdefs.ErrNotImplemented
 }
 
 func (c *fakeContainers) Len() int {

@@ -114,6 +114,7 @@ func (noMetrics) Recovered(string)                   {}
 // CreateRequest announces a pod.
 type CreateRequest struct {
 	ID     string
+	Client Client
 	NetNS  string
 	Config *cri.PodSandboxConfig
 	// CNI is the result of the network set-up as the client tells it, for people; may be nil.

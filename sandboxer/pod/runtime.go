@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"kuasar.io/kuasar/guest/protocol"
+	"kuasar.io/kuasar/sandboxer/container"
 	"kuasar.io/kuasar/sandboxer/guestlink"
 	"kuasar.io/kuasar/sandboxer/vm"
 )
@@ -118,6 +119,11 @@ type ContainersConfig struct {
 	Dir string
 	// Address is where the task API will be served, in the form that clients get.
 	Address string
+	// Client is whose pod it is.
+	Client Client
+	// Direct says that Address leads the client to the guest itself: it makes the containers that it
+	// has announced there.
+	Direct bool
 	// Guest is the connection to the agent. For a pod whose machine ended while no daemon was there
 	// all its calls fail, and GuestGone follows at once.
 	Guest *Guest
@@ -149,6 +155,15 @@ type Containers interface {
 	GuestGone(exit time.Time)
 	// OOM reports that the guest's kernel killed a process of the container for want of memory.
 	OOM(containerID string)
+	// Deleted reports that a client has deleted a container at the guest's own task API.
+	Deleted(containerID string)
+
+	// What a client announces: see controller.Containers. They fail where Client announces nothing.
+	Announced() map[string][]string
+	AnnounceContainer(ctx context.Context, c container.CreateRequest) error
+	AnnounceProcess(ctx context.Context, p container.ExecRequest) error
+	Withdraw(ctx context.Context, id, execID string) error
+
 	// Len is the number of containers that are not deleted.
 	Len() int
 }

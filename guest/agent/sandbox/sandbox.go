@@ -242,6 +242,16 @@ func (s *Service) PurgeContainer(ctx context.Context, r *protocol.PurgeContainer
 	return &protocol.PurgeContainerResponse{}, nil
 }
 
+// PrepareProcess announces a process of a direct container.
+func (s *Service) PrepareProcess(context.Context, *protocol.PrepareProcessRequest) (*protocol.PrepareProcessResponse, error) {
+	return nil, errgrpc.ToGRPC(fmt.Errorf("cannot prepare a process: %w", errdefs.ErrNotImplemented))
+}
+
+// PurgeProcess takes its announcement back.
+func (s *Service) PurgeProcess(context.Context, *protocol.PurgeProcessRequest) (*protocol.PurgeProcessResponse, error) {
+	return nil, errgrpc.ToGRPC(fmt.Errorf("cannot purge a process: %w", errdefs.ErrNotImplemented))
+}
+
 // SetClock steps the clock.
 func (s *Service) SetClock(_ context.Context, r *protocol.SetClockRequest) (*protocol.SetClockResponse, error) {
 	behind, err := clock.Set(r.GetUnixNanos())

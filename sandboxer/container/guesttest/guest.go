@@ -332,6 +332,14 @@ func (s *sandboxService) PurgeContainer(ctx context.Context, r *protocol.PurgeCo
 	return &protocol.PurgeContainerResponse{}, nil
 }
 
+func (s *sandboxService) PrepareProcess(ctx context.Context, r *protocol.PrepareProcessRequest) (*protocol.PrepareProcessResponse, error) {
+	return &protocol.PrepareProcessResponse{}, (*Guest)(s).enter(ctx, "PrepareProcess", r.GetContainerId(), r.GetExecId())
+}
+
+func (s *sandboxService) PurgeProcess(ctx context.Context, r *protocol.PurgeProcessRequest) (*protocol.PurgeProcessResponse, error) {
+	return &protocol.PurgeProcessResponse{}, (*Guest)(s).enter(ctx, "PurgeProcess", r.GetContainerId(), r.GetExecId())
+}
+
 func (*sandboxService) Setup(context.Context, *protocol.SetupRequest) (*protocol.SetupResponse, error) {
 	return &protocol.SetupResponse{}, nil
 }
