@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -579,6 +578,26 @@ func TestNamespaceGone(t *testing.T) {
 	}
 }
 
+// adoptWhole follows the namespace until the interface has all of addPodInterface's.
+func adoptWhole(t *testing.T, a *Attachment, changed <-chan struct{}) *protocol.Network {
+	t.Helper()
+	limit := time.After(10 * time.Second)
+	for {
+		n, err := a.Adopt(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(n.GetInterfaces()) == 1 && len(n.Interfaces[0].Addresses) == 2 && len(n.Routes) == 2 {
+			return n
+		}
+		select {
+		case <-changed:
+		case <-limit:
+			t.Fatalf("the namespace never had all; got %v", n)
+		}
+	}
+}
+
 func TestAdoptLateInterface(t *testing.T) {
 	needRoot(t)
 	top := newTopology(t)
@@ -592,30 +611,18 @@ func TestAdoptLateInterface(t *testing.T) {
 	}
 	guest := startGuest(t, a)
 
-	early, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := a.Adopt(early); !errors.Is(err, ErrNoInterface) || !errors.Is(err, context.Canceled) {
-		t.Errorf("Adopt without an interface: %v", err)
+	if n, err := a.Adopt(t.Context()); n != nil || err != nil {
+		t.Errorf("Adopt without an interface: %v, %v", n, err)
 	}
-
-	type result struct {
-		n   *protocol.Network
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		n, err := a.Adopt(t.Context())
-		done <- result{n, err}
-	}()
-	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
-	r := <-done
-	if r.err != nil {
-		t.Fatal(r.err)
-	}
-	// CNI is complete now; what came after the interface is read by a second Adopt.
-	n, err := a.Adopt(t.Context())
+	ctx, cancel := context.WithCancel(t.Context())
+	changed, err := a.Watch(ctx)
 	if err != nil {
 		t.Fatal(err)
+	}
+	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
+	n := adoptWhole(t, a, changed)
+	cancel()
+	for range changed { // it is closed
 	}
 	if !a.Adopted() || len(n.Interfaces) != 1 || !slices.Equal(n.Interfaces[0].Addresses, []string{pod4 + "/24", pod6 + "/64"}) {
 		t.Fatalf("got %v", n)
@@ -627,5 +634,100 @@ func TestAdoptLateInterface(t *testing.T) {
 	}
 	if left := leftovers(t, top.pod); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
+	}
+}
+
+// What a daemon joined and did not live to remember, the next one joins again.
+func TestAdoptAfterCrash(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	guest := startGuest(t, a)
+	saved := a.Saved()
+	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
+	if _, err := a.Adopt(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	next := Restore(saved)
+	n, err := next.Adopt(t.Context())
+	if err != nil || len(n.GetInterfaces()) != 1 {
+		t.Fatalf("got %v, %v", n, err)
+	}
+	applyGuest(t, guest, n)
+	transfer(t, top.node, guest, pod4)
+	if err := next.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// CNI takes the interface away and makes another of the same name.
+func TestAdoptAnotherInterface(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	guest := startGuest(t, a)
+	remove := func() {
+		inNetns(t, top.pod, func(h *netlink.Handle) error {
+			link, err := h.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return h.LinkDel(link)
+		})
+	}
+	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
+	if _, err := a.Adopt(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	remove()
+	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
+	n, err := a.Adopt(t.Context())
+	if err != nil || len(n.GetInterfaces()) != 1 {
+		t.Fatalf("the second interface: got %v, %v", n, err)
+	}
+	applyGuest(t, guest, n)
+	transfer(t, top.node, guest, pod4)
+	remove()
+	if n, err := a.Adopt(t.Context()); n != nil || err != nil || a.Adopted() || len(a.Guest().Interfaces) != 0 {
+		t.Errorf("without an interface: got %v, %v, adopted: %v", n, err, a.Adopted())
+	}
+	if err := a.Close(); err != nil {
+		t.Error(err)
+	}
+	if left := leftovers(t, top.pod); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+}
+
+func TestAdoptRefusesMoreThanTheMachineHas(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
+	if _, err := a.Adopt(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	top.addPodInterface(t, "eth1")
+	if n, err := a.Adopt(t.Context()); err == nil || !strings.Contains(err.Error(), "cri.sandbox.network.setup.v2") {
+		t.Errorf("got %v, %v", n, err)
+	}
+}
+
+func TestWatchOfNamespaceGone(t *testing.T) {
+	a := Restore(Saved{Netns: filepath.Join(t.TempDir(), "gone"), Inode: 1})
+	if _, err := a.Watch(t.Context()); err == nil || !strings.Contains(err.Error(), "gone") {
+		t.Errorf("got %v", err)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -120,56 +119,60 @@ func retry(ctx context.Context, do func() error) error {
 	}
 }
 
-// watch reports changes of links and addresses in the namespace.
-type watch struct {
-	changed chan struct{}
-	stop    func()
+// changes are the groups of the kernel's messages that can mean something new for a guest.
+var changes = []uint{
+	unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NEIGH,
 }
 
-func (a *Attachment) watch() (*watch, error) {
-	f, _, err := openNetns(a.netns, a.inode)
+// Watch reports changes of the namespace's interfaces, addresses, routes and neighbours: after one, or
+// after several, the channel yields an element. What there was before is not reported. It ends with
+// ctx, and closes the channel then, or when the kernel reports nothing any more. As long as it lasts,
+// it keeps the namespace.
+func (a *Attachment) Watch(ctx context.Context) (<-chan struct{}, error) {
+	f, err := a.subscribe()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("cannot watch the network of %s: %w", a.netns, err)
 	}
-	defer f.Close()
-	ns := netns.NsHandle(f.Fd())
-	w := &watch{changed: make(chan struct{}, 1)}
-	done := make(chan struct{})
-	w.stop = sync.OnceFunc(func() { close(done) })
-	wake := func() {
-		select {
-		case w.changed <- struct{}{}:
-		default:
-		}
-	}
-	// Without an ErrorCallback the library logs the error of its own closing.
-	ignore := func(error) {}
-	links := make(chan netlink.LinkUpdate)
-	if err := netlink.LinkSubscribeWithOptions(links, done, netlink.LinkSubscribeOptions{Namespace: &ns, ErrorCallback: ignore}); err != nil {
-		w.stop()
-		return nil, err
-	}
-	addrs := make(chan netlink.AddrUpdate)
-	if err := netlink.AddrSubscribeWithOptions(addrs, done, netlink.AddrSubscribeOptions{Namespace: &ns, ErrorCallback: ignore}); err != nil {
-		w.stop()
-		go drain(links)
-		return nil, err
-	}
-	// The library closes the channels when done is closed; until then they must be read.
+	stop := context.AfterFunc(ctx, func() { f.Close() })
+	changed := make(chan struct{}, 1)
 	go func() {
-		for range links {
-			wake()
+		defer close(changed)
+		defer f.Close()
+		defer stop()
+		// What a message says does not matter, so its rest may be lost.
+		message := make([]byte, 512)
+		for {
+			// Messages that the kernel could not keep were changes, too.
+			if _, err := f.Read(message); err != nil && !errors.Is(err, unix.ENOBUFS) {
+				return
+			}
+			select {
+			case changed <- struct{}{}:
+			default:
+			}
 		}
 	}()
-	go func() {
-		for range addrs {
-			wake()
-		}
-	}()
-	return w, nil
+	return changed, nil
 }
 
-func drain[T any](c <-chan T) {
-	for range c {
+// subscribe opens a socket in the namespace that receives what the kernel says of changes.
+func (a *Attachment) subscribe() (f *os.File, err error) {
+	address := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
+	for _, group := range changes {
+		address.Groups |= 1 << (group - 1)
 	}
+	_, err = within(a.netns, a.inode, func(*netlink.Handle) error {
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+		if err != nil {
+			return os.NewSyscallError("socket", err)
+		}
+		if err := unix.Bind(fd, address); err != nil {
+			unix.Close(fd)
+			return os.NewSyscallError("bind", err)
+		}
+		f = os.NewFile(uintptr(fd), "netlink")
+		return nil
+	})
+	return f, err
 }

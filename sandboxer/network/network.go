@@ -59,6 +59,8 @@ type port struct {
 	Interface string `json:"interface,omitempty"`
 	MAC       string `json:"mac"`
 	MTU       int    `json:"mtu"`
+	// Index is the interface's: another one that takes its name later has another index.
+	Index int `json:"index,omitempty"`
 	// Qdisc says that the interface's ingress qdisc was made here, and goes with the port.
 	Qdisc bool `json:"qdisc,omitempty"`
 }
@@ -72,9 +74,6 @@ type Saved struct {
 	Guest   []byte `json:"guest"` // protocol.Network as JSON
 	Adopted bool   `json:"adopted"`
 }
-
-// ErrNoInterface is wrapped by the errors of Adopt while CNI has not made an interface.
-var ErrNoInterface = errors.New("the network namespace has no interface that CNI made")
 
 // Attach makes a tap for every interface that CNI made in the namespace at the path netns and
 // joins them. If there is none yet, it makes one tap with a MAC address of its own; Adopt joins it
@@ -126,59 +125,69 @@ func Attach(ctx context.Context, netns string) (a *Attachment, err error) {
 func (a *Attachment) Adopted() bool { return a.adopted }
 
 // Adopt joins the tap of an Attachment that was made before CNI ran to the interface that has come
-// since, waiting for it until ctx ends, and returns what the guest must configure from then on.
-// The interface takes the MAC address of the guest's NIC. Once adopted, it reads the namespace
-// again, for addresses and routes that have come later.
+// since, and returns what the guest must configure from then on: nil as long as there is none, which
+// is no error. The interface takes the MAC address of the guest's NIC. Once adopted, it reads the
+// namespace again, for addresses and routes that have come later; an interface that is replaced by
+// another one is adopted anew. Watch tells when it is worth calling.
 func (a *Attachment) Adopt(ctx context.Context) (*protocol.Network, error) {
-	watch, err := a.watch()
-	if err != nil {
-		return nil, fmt.Errorf("cannot watch the network of %s: %w", a.netns, err)
-	}
-	defer watch.stop()
-	for {
-		err := a.adopt(ctx)
-		if err == nil {
-			return a.guest, nil
-		}
-		if !errors.Is(err, ErrNoInterface) {
-			return nil, fmt.Errorf("cannot adopt the network of %s: %w", a.netns, err)
-		}
-		select {
-		case <-watch.changed:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("cannot adopt the network of %s: %w: %w", a.netns, err, context.Cause(ctx))
-		}
-	}
-}
-
-func (a *Attachment) adopt(ctx context.Context) error {
-	_, err := within(a.netns, a.inode, func(h *netlink.Handle) error {
-		found, err := discover(h)
-		if err != nil {
-			return err
-		}
-		if !a.adopted {
-			if len(found) == 0 {
-				return ErrNoInterface
-			}
-			if len(found) > 1 {
-				return fmt.Errorf("CNI made %d interfaces after the machine had started, which has one NIC", len(found))
-			}
-			if err := a.adoptOne(ctx, h, &found[0]); err != nil {
-				return err
-			}
-		}
-		guest, err := describe(h, found)
-		if err != nil {
-			return err
-		}
-		a.guest = guest
-		return nil
+	var guest *protocol.Network
+	_, err := within(a.netns, a.inode, func(h *netlink.Handle) (err error) {
+		guest, err = a.adopt(ctx, h)
+		return err
 	})
-	return err
+	if err != nil {
+		return nil, fmt.Errorf("cannot adopt the network of %s: %w", a.netns, err)
+	}
+	return guest, nil
 }
 
-func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *iface) error {
+func (a *Attachment) adopt(ctx context.Context, h *netlink.Handle) (*protocol.Network, error) {
+	if a.adopted {
+		if err := a.forgetGone(h); err != nil {
+			return nil, err
+		}
+	}
+	found, err := discover(h)
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	if len(found) > len(a.ports) {
+		return nil, fmt.Errorf("CNI made %d interfaces after the machine had started, which has %d NIC: "+
+			"let it run first (iSulad: annotate the pod with cri.sandbox.network.setup.v2=true)", len(found), len(a.ports))
+	}
+	if !a.adopted {
+		if err := a.adoptOne(ctx, h, &found[0]); err != nil {
+			return nil, err
+		}
+	}
+	guest, err := describe(h, found)
+	if err != nil {
+		return nil, err
+	}
+	a.guest = guest
+	return guest, nil
+}
+
+// forgetGone makes an Attachment whose only interface is gone one that has none yet. The filter on the
+// tap leads nowhere then, and is replaced by the next one.
+func (a *Attachment) forgetGone(h *netlink.Handle) error {
+	if len(a.ports) != 1 {
+		return nil
+	}
+	p := &a.ports[0]
+	link, err := h.LinkByName(p.Interface)
+	switch {
+	case err == nil && (p.Index == 0 || link.Attrs().Index == p.Index):
+		return nil
+	case err != nil && !notFound(err):
+		return fmt.Errorf("cannot find %s: %w", p.Interface, err)
+	}
+	p.Interface, p.Index, p.Qdisc = "", 0, false
+	a.adopted, a.guest = false, &protocol.Network{}
+	return nil
+}
+
+func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *iface) (err error) {
 	p := &a.ports[0]
 	tap, err := h.LinkByName(p.Tap)
 	if err != nil {
@@ -197,6 +206,11 @@ func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *ifa
 	}
 	p.MTU = found.mtu
 	if err := a.join(ctx, h, p, tap.Attrs().Index, found); err != nil {
+		// The next attempt may find another interface.
+		if uerr := unredirect(h, *p); uerr != nil {
+			err = errors.Join(err, fmt.Errorf("cannot stop redirecting %s: %w", p.Interface, uerr))
+		}
+		p.Interface, p.Index, p.Qdisc = "", 0, false
 		return err
 	}
 	a.adopted = true
@@ -302,7 +316,7 @@ func (a *Attachment) addTap(ctx context.Context, h *netlink.Handle, mac net.Hard
 
 // join redirects both ways between p's tap and an interface.
 func (a *Attachment) join(ctx context.Context, h *netlink.Handle, p *port, tapIndex int, found *iface) error {
-	p.Interface = found.name
+	p.Interface, p.Index = found.name, found.index
 	made, err := redirect(ctx, h, found.index, tapIndex)
 	p.Qdisc = made
 	if err != nil {

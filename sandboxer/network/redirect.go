@@ -33,7 +33,7 @@ func redirect(ctx context.Context, h *netlink.Handle, from, to int) (madeQdisc b
 		return false, fmt.Errorf("adding the ingress qdisc: %w", err)
 	}
 	if !madeQdisc {
-		if err := dropStale(h, from); err != nil {
+		if done, err := dropStale(h, from, to); done || err != nil {
 			return false, err
 		}
 	}
@@ -45,12 +45,13 @@ func redirect(ctx context.Context, h *netlink.Handle, from, to int) (madeQdisc b
 
 // dropStale removes the filters that an earlier attempt left on a link: they redirect to a tap that
 // is gone, and swallow what they match. (The kernel adds a second u32 filter behind them without
-// a word.) Anybody else's filter of the same priority is an error.
-func dropStale(h *netlink.Handle, index int) error {
+// a word.) One that redirects to the link to already is left: done. Anybody else's filter of the same
+// priority is an error.
+func dropStale(h *netlink.Handle, index, to int) (done bool, err error) {
 	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}
 	filters, err := dump(func() ([]netlink.Filter, error) { return h.FilterList(link, ingressParent) })
 	if err != nil {
-		return fmt.Errorf("listing the filters: %w", err)
+		return false, fmt.Errorf("listing the filters: %w", err)
 	}
 	stale := false
 	for _, f := range filters {
@@ -58,19 +59,32 @@ func dropStale(h *netlink.Handle, index int) error {
 			continue
 		}
 		u32, ok := f.(*netlink.U32)
-		if !ok || !redirectsNowhere(u32) {
-			return fmt.Errorf("a filter of kind %s with priority %d is there already: %w", f.Type(), filterPriority, unix.EEXIST)
+		switch {
+		case ok && redirectsTo(u32, to):
+			done = true
+		case ok && redirectsNowhere(u32):
+			stale = true
+		default:
+			return false, fmt.Errorf("a filter of kind %s with priority %d is there already: %w", f.Type(), filterPriority, unix.EEXIST)
 		}
-		stale = true
 	}
-	if !stale {
-		return nil
+	if done || !stale {
+		return done, nil
 	}
 	// Without a handle all filters of the priority go.
 	if err := h.FilterDel(redirectFilter(index, 0)); err != nil && !notFound(err) {
-		return fmt.Errorf("removing the filter of an earlier attempt: %w", err)
+		return false, fmt.Errorf("removing the filter of an earlier attempt: %w", err)
 	}
-	return nil
+	return false, nil
+}
+
+// redirectsTo says that a filter is what redirect makes.
+func redirectsTo(f *netlink.U32, to int) bool {
+	if len(f.Actions) != 1 {
+		return false
+	}
+	m, ok := f.Actions[0].(*netlink.MirredAction)
+	return ok && m.Ifindex == to
 }
 
 // redirectsNowhere says that every action of a filter leads to an interface that is gone. The hash
