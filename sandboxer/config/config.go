@@ -44,7 +44,25 @@ type Config struct {
 type Sandbox struct {
 	// LogLevel is trace, debug, info, warn or error.
 	LogLevel string
+	// ISuladTaskAddress is the form of the task addresses that iSulad gets: one of the TaskAddress
+	// constants.
+	ISuladTaskAddress string
 }
+
+// The forms of an address of a pod's task API. TaskAddressAuto means by vsock in the form that the
+// version of iSulad knows where host and guest have vsock, else the Unix socket.
+const (
+	TaskAddressAuto       = "auto"
+	TaskAddressVsock      = "vsock"
+	TaskAddressTTRPCVsock = "ttrpc+vsock"
+	TaskAddressUnix       = "unix"
+)
+
+// What hypervisor.block_device_driver accepts.
+const (
+	BlockVirtioBlk  = "virtio-blk"
+	BlockVirtioSCSI = "virtio-scsi"
+)
 
 // Hypervisor is the table [hypervisor].
 type Hypervisor struct {
@@ -57,13 +75,19 @@ type Hypervisor struct {
 	// Exactly one of ImagePath and InitrdPath is set.
 	ImagePath  string
 	InitrdPath string
+	// Firmware is the image of the firmware, or empty for the driver's choice.
+	Firmware string
 	// KernelParams is appended to what the driver itself passes to the guest's kernel.
 	KernelParams string
 	// VCPUs of each pod, 1 to 64.
 	VCPUs int
 	// MemoryInMB of each pod, in MiB, at least 64.
 	MemoryInMB int
-	// BlockDeviceDriver is virtio-blk.
+	// MaxVCPUs and MaxMemoryInMB are the most that a pod gets by its resources or may ask for by its
+	// annotations. 0 means what the host has.
+	MaxVCPUs      int
+	MaxMemoryInMB int
+	// BlockDeviceDriver is BlockVirtioBlk or BlockVirtioSCSI.
 	BlockDeviceDriver string
 	Debug             bool
 	EnableMemPrealloc bool
@@ -99,7 +123,7 @@ func defaults(arch string) *Config {
 		machine = "virt"
 	}
 	return &Config{
-		Sandbox: Sandbox{LogLevel: "info"},
+		Sandbox: Sandbox{LogLevel: "info", ISuladTaskAddress: TaskAddressAuto},
 		Hypervisor: Hypervisor{
 			Path:              "/usr/bin/stratovirt",
 			MachineType:       machine + ",mem-share=on",
@@ -108,7 +132,7 @@ func defaults(arch string) *Config {
 			KernelParams:      "task.log_level=debug task.sharefs_type=virtiofs",
 			VCPUs:             1,
 			MemoryInMB:        1024,
-			BlockDeviceDriver: "virtio-blk",
+			BlockDeviceDriver: BlockVirtioBlk,
 			Accelerator:       AcceleratorAuto,
 			Virtiofsd:         Virtiofsd{Path: DefaultVirtiofsd},
 		},
@@ -132,12 +156,12 @@ func Load(path string) (*Config, error) {
 	return cfg, nil
 }
 
-// validate checks what a type alone does not say, and fits the machine to arch. line gives the line
-// of a key, or 0.
-func (c *Config) validate(arch string, line func(key string) int) error {
+// validate checks what a type alone does not say, and fits the machine to arch. wrong makes the error of
+// a key.
+func (c *Config) validate(arch string, wrong func(key, msg string) error) error {
 	var errs []error
 	bad := func(key, format string, args ...any) {
-		errs = append(errs, keyError(key, line(key), fmt.Sprintf(format, args...)))
+		errs = append(errs, wrong(key, fmt.Sprintf(format, args...)))
 	}
 	oneOf := func(key, value string, allowed ...string) {
 		for _, a := range allowed {
@@ -155,13 +179,27 @@ func (c *Config) validate(arch string, line func(key string) int) error {
 	oneOf("sandbox.log_level", c.Sandbox.LogLevel, "trace", "debug", "info", "warn", "error")
 	h := &c.Hypervisor
 	oneOf("hypervisor.accelerator", h.Accelerator, AcceleratorAuto, AcceleratorKVM, AcceleratorTCG)
-	oneOf("hypervisor.block_device_driver", h.BlockDeviceDriver, "virtio-blk")
+	oneOf("sandbox.isulad_task_address", c.Sandbox.ISuladTaskAddress, TaskAddressAuto, TaskAddressVsock, TaskAddressTTRPCVsock, TaskAddressUnix)
+	if ours, known := blockDeviceDrivers[h.BlockDeviceDriver]; known {
+		h.BlockDeviceDriver = ours
+	}
+	if h.BlockDeviceDriver == virtioMMIO {
+		h.BlockDeviceDriver = BlockVirtioBlk
+		c.Notes = append(c.Notes, fmt.Sprintf("hypervisor.block_device_driver = %q names a bus, which the machine type decides; using %q", virtioMMIO, BlockVirtioBlk))
+	}
+	oneOf("hypervisor.block_device_driver", h.BlockDeviceDriver, BlockVirtioBlk, BlockVirtioSCSI)
 
 	if h.VCPUs < 1 || h.VCPUs > maxVCPUs {
 		bad("hypervisor.vcpus", "%d is not within 1 and %d", h.VCPUs, maxVCPUs)
 	}
 	if h.MemoryInMB < minMemoryMiB || h.MemoryInMB > maxMemoryMiB {
 		bad("hypervisor.memory_in_mb", "%d MiB is not within %d and %d", h.MemoryInMB, minMemoryMiB, maxMemoryMiB)
+	}
+	if h.MaxVCPUs != 0 && (h.MaxVCPUs < h.VCPUs || h.MaxVCPUs > maxVCPUs) {
+		bad("hypervisor.max_vcpus", "%d is neither 0 nor within hypervisor.vcpus = %d and %d", h.MaxVCPUs, h.VCPUs, maxVCPUs)
+	}
+	if h.MaxMemoryInMB != 0 && (h.MaxMemoryInMB < h.MemoryInMB || h.MaxMemoryInMB > maxMemoryMiB) {
+		bad("hypervisor.max_memory_in_mb", "%d MiB is neither 0 nor within hypervisor.memory_in_mb = %d and %d", h.MaxMemoryInMB, h.MemoryInMB, maxMemoryMiB)
 	}
 	if len(h.KernelParams) > maxKernelParams {
 		bad("hypervisor.kernel_params", "%d bytes are more than %d", len(h.KernelParams), maxKernelParams)
@@ -178,6 +216,7 @@ func (c *Config) validate(arch string, line func(key string) int) error {
 		{"hypervisor.kernel_path", h.KernelPath, true},
 		{"hypervisor.image_path", h.ImagePath, false},
 		{"hypervisor.initrd_path", h.InitrdPath, false},
+		{"hypervisor.firmware", h.Firmware, false},
 		{"hypervisor.virtiofsd_conf.path", h.Virtiofsd.Path, false},
 	} {
 		switch {
@@ -238,6 +277,13 @@ func (c *Config) fitMachine(arch string, bad func(key, format string, args ...an
 	if !known || name == here {
 		return
 	}
+	if strings.HasPrefix(filepath.Base(c.Hypervisor.Path), "qemu") && name == "pc" && here == "q35" {
+		// What Kuasar's own file for QEMU names. Its PCI has no slots that a disk can be plugged into.
+		fitted := here + strings.TrimPrefix(c.Hypervisor.MachineType, name)
+		c.Notes = append(c.Notes, fmt.Sprintf("%s = %q is not supported; using %q", key, c.Hypervisor.MachineType, fitted))
+		c.Hypervisor.MachineType = fitted
+		return
+	}
 	for other, machine := range machineNames {
 		if other != arch && machine == name {
 			fitted := here + strings.TrimPrefix(c.Hypervisor.MachineType, name)
@@ -259,16 +305,22 @@ func (c *Config) Check() error {
 	if err := executable(h.Path); err != nil {
 		bad("hypervisor.path", h.Path, hypervisorPackage(h.Path), err)
 	}
-	for _, p := range []struct{ key, path string }{
-		{"hypervisor.kernel_path", h.KernelPath},
-		{"hypervisor.initrd_path", h.InitrdPath},
-		{"hypervisor.image_path", h.ImagePath},
+	const packaged = "it comes with the package kuasar (dnf install kuasar), or is built by `go tool mage build`"
+	for _, p := range []struct{ key, path, from string }{
+		{"hypervisor.kernel_path", h.KernelPath, packaged},
+		{"hypervisor.initrd_path", h.InitrdPath, packaged},
+		{"hypervisor.image_path", h.ImagePath, "it is built by `go tool mage image`"},
 	} {
 		if p.path == "" {
 			continue
 		}
 		if err := readable(p.path); err != nil {
-			bad(p.key, p.path, "it comes with the package kuasar (dnf install kuasar), or is built by `go tool mage build`", err)
+			bad(p.key, p.path, p.from, err)
+		}
+	}
+	if h.Firmware != "" {
+		if err := readable(h.Firmware); err != nil {
+			bad("hypervisor.firmware", h.Firmware, "install it (dnf install edk2-ovmf; on aarch64 edk2-aarch64; apt-get install ovmf), or set it to \"\"", err)
 		}
 	}
 	if p := h.Virtiofsd.Path; p != "" && p != DefaultVirtiofsd {

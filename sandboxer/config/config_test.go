@@ -30,7 +30,7 @@ path = "/usr/bin/vhost_user_fs" #指定vhost_user_fs路径
 
 func TestGuideFile(t *testing.T) {
 	want := Config{
-		Sandbox: Sandbox{LogLevel: "info"},
+		Sandbox: Sandbox{LogLevel: "info", ISuladTaskAddress: "auto"},
 		Hypervisor: Hypervisor{
 			Path:              "/usr/bin/stratovirt",
 			MachineType:       "virt,mem-share=on",
@@ -135,7 +135,12 @@ func TestRefused(t *testing.T) {
 		"little memory":    {"[hypervisor]\nmemory_in_mb = 63\n", []string{"63 MiB is not within 64"}},
 		"level":            {"[sandbox]\nlog_level = \"inf\"\n", []string{"\"inf\" is none of", "did you mean \"info\"?"}},
 		"accelerator":      {"[hypervisor]\naccelerator = \"xen\"\n", []string{"hypervisor.accelerator", "auto, kvm, tcg"}},
-		"block driver":     {"[hypervisor]\nblock_device_driver = \"virtio-scsi\"\n", []string{"block_device_driver", "virtio-blk"}},
+		"block driver":     {"[hypervisor]\nblock_device_driver = \"virtio-sci\"\n", []string{"line 2: hypervisor.block_device_driver", "did you mean \"virtio-scsi\"?"}},
+		"task address":     {"[sandbox]\nisulad_task_address = \"tcp\"\n", []string{"line 2: sandbox.isulad_task_address", "auto, vsock, ttrpc+vsock, unix"}},
+		"few vcpus":        {"[hypervisor]\nvcpus = 3\nmax_vcpus = 2\n", []string{"line 3: hypervisor.max_vcpus", "hypervisor.vcpus = 3"}},
+		"no vcpus at all":  {"[hypervisor]\nmax_vcpus = -1\n", []string{"line 2: hypervisor.max_vcpus"}},
+		"memory limit":     {"[hypervisor]\nmax_memory_in_mb = 512\n", []string{"line 2: hypervisor.max_memory_in_mb", "1024"}},
+		"firmware":         {"[hypervisor]\nfirmware = \"OVMF.fd\"\n", []string{"line 2: hypervisor.firmware", "absolute"}},
 		"both":             {"[hypervisor]\nimage_path = \"/i\"\ninitrd_path = \"/r\"\n", []string{"line 2: hypervisor.image_path", "initrd_path", "/r"}},
 		"none":             {"[hypervisor]\ninitrd_path = \"\"\n", []string{"line 2: hypervisor.initrd_path", "image_path"}},
 		"no kernel":        {"[hypervisor]\nkernel_path = \"\"\n", []string{"hypervisor.kernel_path", "empty"}},
@@ -215,7 +220,9 @@ func TestCheck(t *testing.T) {
 		"empty initrd": {func(c *Config) { c.Hypervisor.InitrdPath = file("empty", 0o644, "") },
 			[]string{"hypervisor.initrd_path", "empty file"}},
 		"image is a directory": {func(c *Config) { c.Hypervisor.InitrdPath, c.Hypervisor.ImagePath = "", dir },
-			[]string{"hypervisor.image_path", "directory"}},
+			[]string{"hypervisor.image_path", "directory", "mage image"}},
+		"no firmware": {func(c *Config) { c.Hypervisor.Firmware = dir + "/OVMF_CODE.fd" },
+			[]string{"hypervisor.firmware", "edk2-ovmf"}},
 		"no virtiofsd": {func(c *Config) { c.Hypervisor.Virtiofsd.Path = dir + "/virtiofsd" },
 			[]string{"hypervisor.virtiofsd_conf.path", "qemu-system-common"}},
 	} {

@@ -14,14 +14,18 @@ func (c *Config) fields() map[string]any {
 	h := &c.Hypervisor
 	return map[string]any{
 		"sandbox.log_level":              &c.Sandbox.LogLevel,
+		"sandbox.isulad_task_address":    &c.Sandbox.ISuladTaskAddress,
 		"hypervisor.path":                &h.Path,
 		"hypervisor.machine_type":        &h.MachineType,
 		"hypervisor.kernel_path":         &h.KernelPath,
 		"hypervisor.image_path":          &h.ImagePath,
 		"hypervisor.initrd_path":         &h.InitrdPath,
+		"hypervisor.firmware":            &h.Firmware,
 		"hypervisor.kernel_params":       &h.KernelParams,
 		"hypervisor.vcpus":               &h.VCPUs,
 		"hypervisor.memory_in_mb":        &h.MemoryInMB,
+		"hypervisor.max_vcpus":           &h.MaxVCPUs,
+		"hypervisor.max_memory_in_mb":    &h.MaxMemoryInMB,
 		"hypervisor.block_device_driver": &h.BlockDeviceDriver,
 		"hypervisor.debug":               &h.Debug,
 		"hypervisor.enable_mem_prealloc": &h.EnableMemPrealloc,
@@ -31,7 +35,7 @@ func (c *Config) fields() map[string]any {
 }
 
 // tables are the keys that hold other keys.
-var tables = []string{"sandbox", "hypervisor", "hypervisor.virtiofsd_conf"}
+var tables = []string{"sandbox", "hypervisor", "hypervisor.virtiofsd_conf", "hypervisor.virtiofsd"}
 
 func parse(text, arch string) (*Config, error) {
 	var tree map[string]any
@@ -50,6 +54,14 @@ func parse(text, arch string) (*Config, error) {
 	flatten("", tree, flat, func(key, got string) {
 		errs = append(errs, keyError(key, line(key), fmt.Sprintf("expected a table, got %s", got)))
 	})
+	names := cfg.translate(flat, arch, func(key, msg string) { errs = append(errs, keyError(key, line(key), msg)) })
+	// Errors name a key as the file does.
+	wrong := func(key, msg string) error {
+		if theirs := names[key]; theirs != "" {
+			key = theirs
+		}
+		return keyError(key, line(key), msg)
+	}
 	// An image replaces the default initrd; only a file that sets both is contradictory.
 	if v, _ := flat["hypervisor.image_path"].(string); v != "" {
 		cfg.Hypervisor.InitrdPath = ""
@@ -61,7 +73,7 @@ func parse(text, arch string) (*Config, error) {
 			continue
 		}
 		if msg := assign(dst, value); msg != "" {
-			errs = append(errs, keyError(key, line(key), msg))
+			errs = append(errs, wrong(key, msg))
 		}
 	}
 	if len(errs) > 0 {
@@ -75,7 +87,7 @@ func parse(text, arch string) (*Config, error) {
 		})
 		return nil, errors.Join(errs...)
 	}
-	if err := cfg.validate(arch, line); err != nil {
+	if err := cfg.validate(arch, wrong); err != nil {
 		return nil, err
 	}
 	return cfg, nil
