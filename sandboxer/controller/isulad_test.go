@@ -196,9 +196,9 @@ func TestDialectOf(t *testing.T) {
 		m := methodOf(file)
 		want := dialect(containerd{})
 		switch dir := filepath.Dir(file); {
-		case dir == "isulad213":
+		case dir == "isulad213", dir == "client213", dir == "client215":
 			want = isulad213{}
-		case dir == "isulad216" && (m == create || m == update):
+		case (dir == "isulad216" || dir == "client216") && (m == create || m == update):
 			want = isulad216{}
 		}
 		if got := dialectOf(m, recorded(t, file)); got != want {

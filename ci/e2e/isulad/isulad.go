@@ -58,10 +58,17 @@ type Config struct {
 	Runtime   string // io.containerd.vmm.v1 if empty
 	State     string // iSulad's state folder; tests use one of their own
 
+	// Record, if set, is told every request to the sandboxer before it is sent. Calls may overlap.
+	Record func(method string, request []byte)
+
 	// DialVsock makes one attempt to connect; nil for AF_VSOCK.
 	DialVsock func(cid, port uint32) (net.Conn, error)
 	// PlatformInterval, WaitTick and VsockRetry are iSulad's 5 s, 200 ms and 1 s if zero.
 	PlatformInterval, WaitTick, VsockRetry time.Duration
+
+	// now and execID are the clock and the maker of ids; tests have their own.
+	now    func() time.Time
+	execID func() string
 }
 
 // A State of a pod in iSulad's view.
@@ -79,16 +86,21 @@ type ExecConfig struct {
 	Terminal       bool
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
+	// Resize brings the sizes of the terminal, from when the process has started; may be nil.
+	Resize <-chan Size
 }
 
 // Pod is what RunPod starts.
 type Pod struct {
-	ID     string // 64 hexadecimal digits
-	NetNS  string // empty for the host's network
+	ID    string // 64 hexadecimal digits
+	NetNS string // empty for the host's network
+	// Config is kubelet's. What iSulad adds to it is added when the pod runs.
 	Config *runtimeapi.PodSandboxConfig
 	// Network sets up the network namespace; nil for nothing to do. It is called before Create by
 	// Gen-A and where the annotation cri.sandbox.network.setup.v2 is true, else after Start.
 	Network func() error
+	// Teardown takes it back, after the containers have ended and before Stop; nil for nothing to do.
+	Teardown func() error
 }
 
 // Container is what CreateContainer makes known.
@@ -117,6 +129,7 @@ type pod struct {
 	Pod
 	started    started
 	state      State
+	networked  bool // what Network did has to be taken back
 	exit       exit
 	announcing sync.Mutex // held while tasks change and are announced
 	tasks      map[string]*task
@@ -149,6 +162,12 @@ func New(c Config) (*Daemon, error) {
 	}
 	if c.VsockRetry == 0 {
 		c.VsockRetry = time.Second
+	}
+	if c.now == nil {
+		c.now = time.Now
+	}
+	if c.execID == nil {
+		c.execID = NewID
 	}
 	d := &Daemon{
 		config: c, changed: make(chan struct{}),
@@ -198,18 +217,23 @@ func (d *Daemon) set(change func()) {
 
 // RunPod runs a pod. A pod that fails is deleted, and the first error returned.
 func (d *Daemon) RunPod(p Pod) error {
-	config, err := proto.MarshalOptions{Deterministic: true}.Marshal(p.Config)
+	edited, err := p.edited()
+	if err != nil {
+		return fmt.Errorf("cannot complete the configuration of pod %s: %w", p.ID, err)
+	}
+	config, err := proto.MarshalOptions{Deterministic: true}.Marshal(edited)
 	if err != nil {
 		return fmt.Errorf("cannot encode the configuration of pod %s: %w", p.ID, err)
 	}
-	first := d.generation() == GenA || p.Config.GetAnnotations()["cri.sandbox.network.setup.v2"] == "true"
+	one := &pod{Pod: p, state: Stopped, tasks: make(map[string]*task), ports: make(map[uint32]bool)}
+	first := d.generation() == GenA || edited.Annotations["cri.sandbox.network.setup.v2"] == "true"
 	if first && p.Network != nil {
 		if err := p.Network(); err != nil {
 			return fmt.Errorf("cannot set up the network of pod %s: %w", p.ID, err)
 		}
+		one.networked = true
 	}
-	one := &pod{Pod: p, state: Stopped, tasks: make(map[string]*task), ports: make(map[uint32]bool)}
-	fail := func(err error) error { return errors.Join(err, d.remove(one)) }
+	fail := func(err error) error { return errors.Join(err, d.teardown(one), d.remove(one)) }
 	if _, err := d.client.call("Create", d.generation().createRequest(d.config.Sandboxer, p.ID, p.NetNS, config)); err != nil {
 		return fail(err)
 	}
@@ -229,6 +253,9 @@ func (d *Daemon) RunPod(p Pod) error {
 		if err := p.Network(); err != nil {
 			return fail(fmt.Errorf("cannot set up the network of pod %s: %w", p.ID, err))
 		}
+		d.mu.Lock()
+		one.networked = true
+		d.mu.Unlock()
 	}
 	return nil
 }
@@ -280,8 +307,8 @@ func (d *Daemon) WaitPod(ctx context.Context, id string, want State) error {
 	}
 }
 
-// StopPod sends Stop if the pod is running in iSulad's view; it has stopped once its Wait returns.
-// Containers are stopped before, with StopContainer.
+// StopPod kills the containers that run, takes the network back, and sends Stop if the pod is running
+// in iSulad's view; it has stopped once its Wait returns.
 func (d *Daemon) StopPod(id string) error {
 	d.mu.Lock()
 	p := d.pods[id]
@@ -289,7 +316,31 @@ func (d *Daemon) StopPod(id string) error {
 	if p == nil {
 		return nil
 	}
+	if err := d.killContainers(p); err != nil {
+		return err
+	}
+	if err := d.teardown(p); err != nil {
+		return err
+	}
 	return d.stop(p, false)
+}
+
+// teardown takes the network of a pod back, once.
+func (d *Daemon) teardown(p *pod) error {
+	d.mu.Lock()
+	teardown := p.Teardown
+	if !p.networked {
+		teardown = nil
+	}
+	p.networked = false
+	d.mu.Unlock()
+	if teardown == nil {
+		return nil
+	}
+	if err := teardown(); err != nil {
+		return fmt.Errorf("cannot take back the network of pod %s: %w", p.ID, err)
+	}
+	return nil
 }
 
 func (d *Daemon) stop(p *pod, always bool) error {
@@ -373,7 +424,7 @@ func (d *Daemon) announce(p *pod, change func(map[string]*task)) error {
 	list, err := snapshot(p.tasks)
 	if err == nil {
 		_, err = d.client.call("Update", updateRequest(d.config.Sandboxer, p.ID, d.config.Runtime,
-			p.Config.GetMetadata().GetName(), p.started.created, time.Now(), list))
+			sandboxName(p.Config.GetMetadata()), p.started.created, d.config.now(), list))
 	}
 	if err == nil {
 		err = d.save(p, list)
@@ -553,7 +604,7 @@ func (d *Daemon) StopContainer(ctx context.Context, id string, timeout time.Dura
 		_, _ = c.task().Kill(context.Background(), &taskapi.KillRequest{ID: id, Signal: 9})
 		select {
 		case <-done:
-		case <-time.After(90 * time.Second):
+		case <-time.After(killWait):
 			return fmt.Errorf("container %s does not end", id)
 		case <-ctx.Done():
 			return ctx.Err()
@@ -582,30 +633,28 @@ func (d *Daemon) RemoveContainer(id string) error {
 	return nil
 }
 
-func newID() string {
+// NewID returns an id as iSulad makes them for pods, containers and processes.
+func NewID() string {
 	var b [32]byte
 	_, _ = rand.Read(b[:]) // it never fails
 	return hex.EncodeToString(b[:])
 }
 
 // Exec runs a process in a container and returns its exit status, after its streams have ended. The
-// process of an exec that attaches no stream is not waited for by Gen-B.
+// process of an exec that attaches no stream is not waited for by Gen-B. A terminal has no stderr.
 func (d *Daemon) Exec(id string, e ExecConfig) (_ uint32, err error) {
-	c, err := d.container(id)
+	if e.Terminal && e.Stderr != nil {
+		return 0, errors.New("an exec with a terminal has no stderr")
+	}
+	c, err := d.running(id)
 	if err != nil {
 		return 0, err
-	}
-	d.mu.Lock()
-	running := c.running
-	d.mu.Unlock()
-	if !running {
-		return 0, fmt.Errorf("container %s is not running", id)
 	}
 	spec, err := execSpec(c.Spec, e)
 	if err != nil {
 		return 0, err
 	}
-	exec := newID()
+	exec := d.config.execID()
 	io, release, err := d.open(c, exec, e)
 	if err != nil {
 		return 0, err
@@ -631,6 +680,11 @@ func (d *Daemon) Exec(id string, e ExecConfig) (_ uint32, err error) {
 	}
 	if _, err := c.task().Start(ctx, &taskapi.StartRequest{ID: id, ExecID: exec}); err != nil {
 		return 0, fmt.Errorf("cannot start exec %s in container %s: %w", exec, id, err)
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	if e.Resize != nil {
+		go resize(c, exec, e.Resize, ended)
 	}
 	attached := e.Stdin != nil || e.Stdout != nil || e.Stderr != nil
 	if !attached && d.generation() == GenB {
@@ -785,5 +839,7 @@ func (d *Daemon) restoreContainer(c *container) {
 		}
 		_, _ = c.task().Kill(context.Background(), &taskapi.KillRequest{ID: c.ID})
 	}
-	d.set(func() { c.running, c.code = false, 255 })
+	done := make(chan struct{})
+	close(done)
+	d.set(func() { c.running, c.code, c.done = false, 255, done })
 }

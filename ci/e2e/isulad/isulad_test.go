@@ -15,6 +15,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -69,7 +71,10 @@ func soon(t *testing.T) context.Context {
 }
 
 func TestRequestBytes(t *testing.T) {
-	config := "\x0a\x05\x0a\x03web"
+	config := string(editedBytes(t))
+	length := func(n int) string { return string(protowire.AppendVarint(nil, uint64(n))) }
+	const url = "\x0a\x2ftype.googleapis.com/runtime.v1.PodSandboxConfig"
+	value := "\x12" + length(len(config)) + config
 	for _, test := range []struct {
 		version   Version
 		want      map[string]string
@@ -77,12 +82,12 @@ func TestRequestBytes(t *testing.T) {
 		authority string
 	}{
 		{V213, map[string]string{
-			"Create": "\x0a\x03vmm\x12\x01p\x22\x3a\x0a\x2ftype.googleapis.com/runtime.v1.PodSandboxConfig\x12\x07" + config + "\x2a\x04/net",
+			"Create": "\x0a\x03vmm\x12\x01p\x22" + length(len(url+value)) + url + value + "\x2a\x04/net",
 			"Start":  "\x0a\x03vmm\x12\x01p", "Wait": "\x0a\x03vmm\x12\x01p",
 			"Stop": "\x0a\x03vmm\x12\x01p\x18\x0a", "Shutdown": "\x0a\x03vmm\x12\x01p",
 		}, []string{"network", "Create", "Start", "Stop", "Stop", "Shutdown"}, "localhost"},
 		{V216, map[string]string{
-			"Create": "\x0a\x01p\x1a\x09\x12\x07" + config + "\x22\x04/net\x52\x03vmm",
+			"Create": "\x0a\x01p\x1a" + length(len(value)) + value + "\x22\x04/net\x52\x03vmm",
 			"Start":  "\x0a\x01p\x52\x03vmm", "Wait": "\x0a\x01p\x52\x03vmm",
 			"Stop": "\x0a\x01p\x10\x0a\x52\x03vmm", "Shutdown": "\x0a\x01p\x52\x03vmm",
 		}, []string{"Create", "Start", "network", "Stop", "Shutdown"}, "[::]"},
@@ -123,6 +128,66 @@ func TestRequestBytes(t *testing.T) {
 		if f.deadline {
 			t.Errorf("version %d: a call has a deadline", test.version)
 		}
+	}
+}
+
+// editedBytes is the configuration of thePod as iSulad sends it, put together here by hand.
+func editedBytes(t *testing.T) []byte {
+	t.Helper()
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(&runtimeapi.PodSandboxConfig{
+		Metadata: &runtimeapi.PodSandboxMetadata{Name: "web"},
+		Hostname: "p",
+		Labels:   map[string]string{"cri.isulad.type": "podsandbox", "io.kubernetes.container.name": "POD"},
+		Annotations: map[string]string{
+			"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-namespace": "",
+			"io.kubernetes.cri.sandbox-name": "web", "io.kubernetes.cri.sandbox-uid": "", "io.kubernetes.cri.sandbox-attempt": "0",
+			"cri.sandbox.isulad.checkpoint": `{"version":"v1","name":"web","data":{}}`,
+		},
+		Linux: &runtimeapi.LinuxPodSandboxConfig{
+			Resources: &runtimeapi.LinuxContainerResources{CpuShares: 2, OomScoreAdj: -998},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// What kubelet has set stays, and its own message is not touched.
+func TestEditedConfig(t *testing.T) {
+	kubelets := &runtimeapi.PodSandboxConfig{
+		Metadata: &runtimeapi.PodSandboxMetadata{Name: "web", Namespace: "shop", Uid: "u", Attempt: 2}, Hostname: "box",
+		Labels: map[string]string{"app": "web"}, Annotations: map[string]string{"a": "b"},
+		PortMappings: []*runtimeapi.PortMapping{{Protocol: runtimeapi.Protocol_UDP, ContainerPort: 53, HostPort: 5353}},
+		Linux:        &runtimeapi.LinuxPodSandboxConfig{Resources: &runtimeapi.LinuxContainerResources{CpuQuota: 5}},
+	}
+	before := proto.CloneOf(kubelets)
+	p := Pod{ID: "p", Config: kubelets}
+	got, err := p.edited()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !proto.Equal(kubelets, before) {
+		t.Error("kubelet's configuration is changed")
+	}
+	if got.Hostname != "box" || got.Labels["app"] != "web" || got.Annotations["a"] != "b" ||
+		got.Linux.Resources.CpuQuota != 5 || got.Linux.Resources.CpuShares != 0 || got.Linux.Resources.OomScoreAdj != -998 ||
+		got.Annotations["io.kubernetes.cri.sandbox-attempt"] != "2" ||
+		got.Annotations["cri.sandbox.isulad.checkpoint"] != `{"version":"v1","name":"web","namespace":"shop","data":{"port_mappings":[{"protocol":"udp","container_port":53,"host_port":5353}]}}` {
+		t.Errorf("it becomes %v", got)
+	}
+	if name := sandboxName(kubelets.Metadata); name != "k8s_POD_web_shop_u_2" {
+		t.Errorf("the pod's name is %s", name)
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Config = &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+		NamespaceOptions: &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE},
+	}}}
+	if got, err := p.edited(); err != nil || got.Hostname != host {
+		t.Errorf("with the host's network the name is %q, %v", got.GetHostname(), err)
 	}
 }
 
@@ -221,7 +286,7 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("Update is %q", update)
 	}
 	for _, want := range []string{
-		"\x12\x16\x0a\x14io.containerd.vmm.v1", "\x22\x0b\x0a\x04name\x12\x03web", "\x2a\x04\x08\x64\x10\x05",
+		"\x12\x16\x0a\x14io.containerd.vmm.v1", "\x22\x17\x0a\x04name\x12\x0fk8s_POD_web___0", "\x2a\x04\x08\x64\x10\x05",
 		"\x0a\x05tasks\x12", "\x0a\x26github.com/containerd/containerd/Tasks\x12",
 	} {
 		if !strings.Contains(update, want) {
@@ -544,9 +609,16 @@ func TestRelayEnds(t *testing.T) {
 }
 
 func TestSpec(t *testing.T) {
-	got, err := Spec(SpecConfig{Container: "c", Pod: "p", PodPID: 42, RootFS: "/base", Args: []string{"/bin/sh", "-c", "true"}, LogFile: "/var/log/pods/c.log"})
+	got, err := Spec(SpecConfig{Container: "c", Pod: "p", PodPID: 42, RootFS: "/base", Args: []string{"/bin/sh", "-c", "true"},
+		Name: "c1", Metadata: &runtimeapi.PodSandboxMetadata{Name: "web", Namespace: "shop"}, Mounts: map[string]string{"/data": "/srv/data"},
+		LogFile: "/var/log/pods/c.log", LogSize: "30KB", LogFiles: 7, Env: []string{"A=b"}})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile("testdata/spec.json", append(got, '\n'), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	want, err := os.ReadFile("testdata/spec.json")
 	if err != nil {

@@ -96,11 +96,18 @@ func (s *sandboxer) call(method string, request message) ([]byte, error) {
 		s.unary.Lock()
 		defer s.unary.Unlock()
 	}
+	s.record(method, request)
 	in, out := []byte(request), []byte(nil)
 	if err := s.conn.Invoke(context.Background(), service+method, &in, &out); err != nil {
 		return nil, fmt.Errorf("the sandboxer at %s refuses %s: %w", s.config.Socket, method, err)
 	}
 	return out, nil
+}
+
+func (s *sandboxer) record(method string, request message) {
+	if s.config.Record != nil {
+		s.config.Record(method, request)
+	}
 }
 
 // wait makes one call of Wait. reached is called when the request is on its way over a connection
@@ -135,6 +142,7 @@ func (s *sandboxer) register(ctx context.Context, id string) (grpc.ClientStream,
 		return nil, err
 	}
 	request := []byte(s.config.Version.Generation().request(s.config.Sandboxer, id, nil))
+	s.record("Wait", request)
 	if err := stream.SendMsg(&request); err != nil {
 		// The reason is what the stream ended with, not that it cannot be written to.
 		var none []byte
