@@ -41,6 +41,10 @@ func Demo(ctx context.Context) error { return bed.Demo(ctx, tree) }
 // Test runs the unit tests and, on real virtual machines, the end-to-end tests.
 func Test(ctx context.Context) error { return bed.Test(ctx, tree) }
 
+// Node tries the package on a node in a virtual machine of its own, with KVM and vsock; STRATOVIRT,
+// VIRTIOFSD and ISULAD_ROOT name programs that are to be tried there too.
+func Node(ctx context.Context) error { return bed.Node(ctx, tree) }
+
 // Bench measures time and memory and prints them beside what they must reach.
 func Bench(ctx context.Context) error { return bed.Bench(ctx, tree) }
 

@@ -52,7 +52,7 @@ func Test(ctx context.Context, tree build.Tree) error {
 			return err
 		}},
 		{"end-to-end tests", func() error {
-			others, err := packagesBut(ctx, tree, onSystemd)
+			others, err := packagesBut(ctx, tree, slices.Concat(onSystemd, onNodeOnly))
 			if err != nil {
 				return err
 			}
@@ -64,12 +64,42 @@ func Test(ctx context.Context, tree build.Tree) error {
 			}
 			return endToEnd(ctx, tree, onSystemd...)
 		}},
+		{"a node of its own, with KVM and vsock", func() error { return onNode(ctx, tree, os.Stdout) }},
 	}
 	return inOrder(phases, os.Stdout)
 }
 
 // onSystemd are the packages of module ci/e2e that install the appliance.
 var onSystemd = []string{"./machine", "./appliance"}
+
+// onNodeOnly are those that boot a node in a virtual machine.
+var onNodeOnly = []string{"./nested"}
+
+// Node boots a node in a virtual machine of its own and tries the appliance on it. What it prints is kept
+// in out/node/.
+func Node(ctx context.Context, tree build.Tree) error {
+	if err := prepare(ctx, tree); err != nil {
+		return err
+	}
+	return onNode(ctx, tree, os.Stdout)
+}
+
+// onNode does so with what is built. Where no such node can be, it says so on out.
+func onNode(ctx context.Context, tree build.Tree, out io.Writer) error {
+	if tree.Architecture() != "x86_64" {
+		fmt.Fprintln(out, "not tried on a node of its own: only the emulated processors of x86_64 virtualize")
+		return nil
+	}
+	if err := host.Ensure(ctx, host.Machine, host.Node); err != nil {
+		return err
+	}
+	if _, err := repositories.Make(ctx, tree); err != nil {
+		return err
+	}
+	// The program that boots the node is copied onto it, whose pods' processor has no AVX.
+	env := []string{"KUASAR_E2E=1", "CGO_ENABLED=0", "GOAMD64=v1"}
+	return run(ctx, tree, e2e, env, "test", "-count=1", "-timeout=30m", "-v", "-run=^TestNode$", "./nested")
+}
 
 // endToEnd runs tests of module ci/e2e, one package at a time: each uses all of this machine.
 func endToEnd(ctx context.Context, tree build.Tree, packages ...string) error {

@@ -30,22 +30,23 @@ func TestPhasesEndWithTheFirstFailure(t *testing.T) {
 	}
 }
 
-// Every package of the end-to-end module is in one of the two phases.
+// Every package of the end-to-end module is in one of the three phases.
 func TestPackagesBut(t *testing.T) {
 	all, err := packagesBut(t.Context(), build.Tree{Root: "../.."}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	others, err := packagesBut(t.Context(), build.Tree{Root: "../.."}, onSystemd)
+	apart := slices.Concat(onSystemd, onNodeOnly)
+	others, err := packagesBut(t.Context(), build.Tree{Root: "../.."}, apart)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range onSystemd {
+	for _, name := range apart {
 		if !slices.Contains(all, name) || slices.Contains(others, name) {
 			t.Errorf("%s is not among %q, or is among %q", name, all, others)
 		}
 	}
-	if !slices.Contains(others, "./.") || len(others) != len(all)-len(onSystemd) {
-		t.Errorf("without %q there are %q of %q", onSystemd, others, all)
+	if !slices.Contains(others, "./.") || len(others) != len(all)-len(apart) {
+		t.Errorf("without %q there are %q of %q", apart, others, all)
 	}
 }

@@ -31,6 +31,8 @@ const (
 	Race Purpose = "run the tests"
 	// Machine is booting a machine with systemd in namespaces.
 	Machine Purpose = "boot a machine with systemd"
+	// Node is booting a node that is a virtual machine.
+	Node Purpose = "boot a node in a virtual machine"
 	// Install is installing packages into an empty root directory.
 	Install Purpose = "install packages with dnf"
 	// Repository is making the metadata of a repository of packages.
@@ -124,6 +126,11 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"debootstrap"}, why: "makes the machine's root file system", deb: []string{"debootstrap"}, rpm: []string{"debootstrap"}},
 		{files: []string{"unshare"}, why: "makes the machine's namespaces", deb: []string{"util-linux"}, rpm: []string{"util-linux"}},
 		{files: []string{"nsenter"}, why: "runs commands in the machine", deb: []string{"util-linux"}, rpm: []string{"util-linux"}},
+	},
+	Node: {
+		{files: []string{own.qemu}, why: "emulates the node", deb: []string{own.qemuDeb}, rpm: []string{"/usr/bin/" + own.qemu, "qemu"}},
+		{files: []string{"mke2fs"}, why: "makes the node's disks", deb: []string{"e2fsprogs"}, rpm: []string{"e2fsprogs"}},
+		{files: []string{"/var/lib/dpkg/info/busybox-static.list", "/usr/sbin/busybox"}, why: "is the first program of the node, linked statically", deb: []string{"busybox-static"}, rpm: []string{"busybox"}},
 	},
 	Install: {
 		{files: []string{"dnf"}, why: "installs the packages", deb: []string{"dnf"}, rpm: []string{"dnf"}},
