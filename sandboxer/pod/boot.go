@@ -346,7 +346,10 @@ func (b *boot) takeSlot(ctx context.Context) error {
 
 func (b *boot) startMachine(ctx context.Context, clock *budget) error {
 	rt, opts := b.m.opts.Runtime, b.m.opts
-	size := machineSize(opts.Size, &b.config)
+	size, err := machineSize(opts.Size, opts.MaxSize, &b.config)
+	if err != nil {
+		return err
+	}
 	spec := vm.Spec{
 		PodID: b.id, Dir: b.dir,
 		Kernel: opts.Kernel, Initrd: opts.Initrd, Image: opts.Image,

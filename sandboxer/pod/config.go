@@ -3,9 +3,7 @@ package pod
 import (
 	"errors"
 	"fmt"
-	"math"
 	"os"
-	"runtime"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -115,40 +113,6 @@ func checkNetNS(path string) error {
 // value means, so a configuration that says nothing shares.
 func sharedPID(c *cri.PodSandboxConfig) bool {
 	return c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == cri.NamespaceMode_POD
-}
-
-// maxVCPUs is what the guest's kernel is built for.
-const maxVCPUs = 64
-
-// Size is how big the pods' machines are.
-type Size struct {
-	VCPUs     int
-	MemoryMiB int
-}
-
-// machineSize grows the configured size by what the pod's containers may use: the memory limit of
-// the pod comes on top of the configured memory, which is left to the guest's system, and the CPU
-// quota raises the number of CPUs. Neither grows beyond the host.
-func machineSize(base Size, c *cri.PodSandboxConfig) Size {
-	size := base
-	r := c.GetLinux().GetResources()
-	if limit := r.GetMemoryLimitInBytes(); limit > 0 {
-		host := math.MaxInt
-		var info unix.Sysinfo_t
-		if unix.Sysinfo(&info) == nil {
-			host = int(uint64(info.Totalram) * uint64(info.Unit) >> 20)
-		}
-		mib := limit>>20 + 1
-		if limit&(1<<20-1) == 0 {
-			mib = limit >> 20
-		}
-		size.MemoryMiB = max(base.MemoryMiB, int(min(int64(base.MemoryMiB)+mib, int64(host))))
-	}
-	if quota, period := r.GetCpuQuota(), r.GetCpuPeriod(); quota > 0 && period > 0 {
-		cpus := (quota-1)/period + 1
-		size.VCPUs = max(base.VCPUs, int(min(cpus, int64(runtime.NumCPU()), maxVCPUs)))
-	}
-	return size
 }
 
 // setupRequest is what the agent has to apply for the whole pod. The clock and the entropy are the

@@ -29,8 +29,10 @@ type Options struct {
 
 	Kernel, Initrd, Image string
 	KernelParams          string
-	Size                  Size
-	MemoryPrealloc        bool
+	// Size is that of pods that say nothing of their own, MaxSize the most that a pod gets; a zero
+	// there means what the node has.
+	Size, MaxSize  Size
+	MemoryPrealloc bool
 	// Debug gives every pod a debug console.
 	Debug bool
 
@@ -138,6 +140,9 @@ func (m *Manager) Create(_ context.Context, req CreateRequest) error {
 		req.Config = &cri.PodSandboxConfig{}
 	}
 	if err := checkConfig(req.Config, req.NetNS); err != nil {
+		return err
+	}
+	if _, err := machineSize(m.opts.Size, m.opts.MaxSize, req.Config); err != nil {
 		return err
 	}
 	if err := checkNetNS(req.NetNS); err != nil {

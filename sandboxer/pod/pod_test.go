@@ -715,30 +715,6 @@ func TestDiskFull(t *testing.T) {
 	checkNothingLeft(t, w, o.Dir)
 }
 
-func TestMachineSize(t *testing.T) {
-	base := Size{VCPUs: 1, MemoryMiB: 256}
-	size := func(mem, quota, period int64) Size {
-		return machineSize(base, &cri.PodSandboxConfig{Linux: &cri.LinuxPodSandboxConfig{
-			Resources: &cri.LinuxContainerResources{MemoryLimitInBytes: mem, CpuQuota: quota, CpuPeriod: period},
-		}})
-	}
-	if got := machineSize(base, &cri.PodSandboxConfig{}); got != base {
-		t.Errorf("without resources: %+v", got)
-	}
-	if got := size(64<<20+1, 0, 0).MemoryMiB; got != 256+65 {
-		t.Errorf("64 MiB and a byte: %d", got)
-	}
-	if got := size(9223372036854771712, 0, 0).MemoryMiB; got < 256 || got > 1<<25 {
-		t.Errorf("no limit: %d", got)
-	}
-	if got := size(0, 100001, 100000).VCPUs; got != min(2, max(1, size(0, 1<<40, 1).VCPUs)) {
-		t.Errorf("a bit more than one CPU: %d", got)
-	}
-	if got := size(0, -1, 100000).VCPUs; got != 1 {
-		t.Errorf("no quota: %d", got)
-	}
-}
-
 func TestPlain(t *testing.T) {
 	for in, want := range map[string]string{
 		"a\x1b[1;31mb\x1b[0mc\r":  "abc",

@@ -73,6 +73,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		Dir: dir, BootID: bootID, Runtime: rt,
 		Kernel: h.KernelPath, Initrd: h.InitrdPath, Image: h.ImagePath, KernelParams: h.KernelParams,
 		Size:           pod.Size{VCPUs: h.VCPUs, MemoryMiB: h.MemoryInMB},
+		MaxSize:        pod.Size{VCPUs: h.MaxVCPUs, MemoryMiB: h.MaxMemoryInMB},
 		MemoryPrealloc: h.EnableMemPrealloc, Debug: console,
 		Metrics: service.recovery(dir, registry), Log: log,
 	})
