@@ -25,7 +25,7 @@ import (
 // containerd is the dialect of containerd 2.x.
 type containerd struct{}
 
-func (containerd) String() string { return "containerd 2.x" }
+func (containerd) client() pod.Client { return pod.Containerd }
 
 // States of a sandbox; every other text counts as not ready.
 const (

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"kuasar.io/kuasar/sandboxer/container"
+	"kuasar.io/kuasar/sandboxer/pod"
 )
 
 // Containers is what the controller needs of the Pods to serve iSulad, which announces containers, and
@@ -35,6 +36,8 @@ type Containers interface {
 	Withdraw(ctx context.Context, pod, id, exec string) error
 }
 
+var _ Containers = (*pod.Manager)(nil)
+
 // errNoContainers is why announcements are refused.
 var errNoContainers = fmt.Errorf("this daemon does not take announcements of containers (Prepare, Purge, Update with %s), "+
 	"so that iSulad cannot run containers with it: use containerd 2.x, or a version of kuasar that takes them: %w",
@@ -46,9 +49,23 @@ func (c *Controller) prepare(ctx context.Context, pod string, t *task) error {
 		return errNoContainers
 	}
 	if len(t.processes) > 0 {
-		return c.containers.AnnounceProcess(ctx, pod, t.processes[0])
+		return c.announceProcess(ctx, pod, t.processes[0])
 	}
-	return c.containers.AnnounceContainer(ctx, pod, t.CreateRequest)
+	return c.announceContainer(ctx, pod, t.CreateRequest)
+}
+
+func (c *Controller) announceContainer(ctx context.Context, pod string, r container.CreateRequest) error {
+	if err := c.containers.AnnounceContainer(ctx, pod, r); err != nil {
+		return fmt.Errorf("cannot announce container %s: %w", r.ID, err)
+	}
+	return nil
+}
+
+func (c *Controller) announceProcess(ctx context.Context, pod string, r container.ExecRequest) error {
+	if err := c.containers.AnnounceProcess(ctx, pod, r); err != nil {
+		return fmt.Errorf("cannot announce process %s of container %s: %w", r.ExecID, r.ID, err)
+	}
+	return nil
 }
 
 // withdraw succeeds for what is not known: the client asks again until it does.
@@ -95,17 +112,17 @@ func (c *Controller) follow(ctx context.Context, pod string, tasks []task) error
 	}
 	failed := map[string]bool{}
 	for _, t := range d.containers {
-		if err := c.containers.AnnounceContainer(ctx, pod, t); err != nil {
+		if err := c.announceContainer(ctx, pod, t); err != nil {
 			failed[t.ID] = true
-			errs = append(errs, fmt.Errorf("cannot announce container %s: %w", t.ID, err))
+			errs = append(errs, err)
 		}
 	}
 	for _, p := range d.processes {
 		if failed[p.ID] {
 			continue
 		}
-		if err := c.containers.AnnounceProcess(ctx, pod, p); err != nil {
-			errs = append(errs, fmt.Errorf("cannot announce process %s of container %s: %w", p.ExecID, p.ID, err))
+		if err := c.announceProcess(ctx, pod, p); err != nil {
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)

@@ -66,6 +66,7 @@ var methods = []method{
 // request is a decoded call; fields that a method does not have are zero.
 type request struct {
 	id      string
+	client  pod.Client
 	netns   string
 	config  *cri.PodSandboxConfig
 	cni     json.RawMessage
@@ -109,7 +110,7 @@ func (c *Controller) do(ctx context.Context, m method, req request) (result, err
 	var err error
 	switch m {
 	case create:
-		err = c.pods.Create(ctx, pod.CreateRequest{ID: req.id, NetNS: req.netns, Config: req.config, CNI: req.cni})
+		err = c.pods.Create(ctx, pod.CreateRequest{ID: req.id, Client: req.client, NetNS: req.netns, Config: req.config, CNI: req.cni})
 	case start:
 		res.Status, err = c.pods.Start(ctx, req.id)
 	case stop:

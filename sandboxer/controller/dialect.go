@@ -2,14 +2,16 @@ package controller
 
 import (
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"kuasar.io/kuasar/sandboxer/pod"
 )
 
 // dialect is one numbering of the fields of the service's messages.
 type dialect interface {
 	decode(m method, raw []byte) (request, error)
 	encode(m method, r result) ([]byte, error)
-	// String names the client that speaks it.
-	String() string
+	// client is who speaks it.
+	client() pod.Client
 }
 
 // tasksField is the word in an Update's field mask that makes it a snapshot of a pod's containers.

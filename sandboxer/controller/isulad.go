@@ -18,12 +18,12 @@ import (
 // tell of the pod's containers.
 type isulad216 struct{ containerd }
 
-func (isulad216) String() string { return "iSulad >= 2.1.6" }
+func (isulad216) client() pod.Client { return pod.ISulad216 }
 
 // isulad213 is the dialect of iSulad 2.1.3 to 2.1.5, which has numbers and methods of its own.
 type isulad213 struct{}
 
-func (isulad213) String() string { return "iSulad 2.1.3 to 2.1.5" }
+func (isulad213) client() pod.Client { return pod.ISulad213 }
 
 func (isulad213) decode(m method, raw []byte) (request, error) {
 	switch m {

@@ -202,7 +202,7 @@ func TestDialectOf(t *testing.T) {
 			want = isulad216{}
 		}
 		if got := dialectOf(m, recorded(t, file)); got != want {
-			t.Errorf("%s was taken for %s, want %s", file, got, want)
+			t.Errorf("%s was taken for %T, want %T", file, got, want)
 		}
 	}
 	text := func(n protowire.Number, s string) []byte {
@@ -234,7 +234,7 @@ func TestDialectOf(t *testing.T) {
 		{"a torn end", start, slices.Concat(text(1, "vmm"), text(2, "a"), []byte{0xff}), isulad213{}},
 	} {
 		if got := dialectOf(tc.m, tc.raw); got != tc.want {
-			t.Errorf("%s: %s, want %s", tc.name, got, tc.want)
+			t.Errorf("%s: %T, want %T", tc.name, got, tc.want)
 		}
 	}
 }
@@ -248,6 +248,7 @@ func TestDialectsTogether(t *testing.T) {
 	}}}
 	conn, _, _ := serve(t, pods)
 	at := "\x08\x80\xe2\xcf\xaa\x06"
+	client := map[string]pod.Client{"isulad213": pod.ISulad213, "isulad216": pod.ISulad216, "containerd": pod.Containerd}
 	for dir, want := range map[string]map[method]map[protowire.Number]string{
 		"isulad213": {
 			create: {1: podID},
@@ -276,7 +277,7 @@ func TestDialectsTogether(t *testing.T) {
 				}
 				switch {
 				case m == create && (pods.created.ID != podID || pods.created.Config.GetHostname() != "box" ||
-					!strings.HasPrefix(pods.created.NetNS, "/var/run/netns/")):
+					pods.created.Client != client[dir] || !strings.HasPrefix(pods.created.NetNS, "/var/run/netns/")):
 					t.Errorf("created %+v", pods.created)
 				case m == stop && dir != "containerd" && pods.grace != 10*time.Second:
 					t.Errorf("grace %v", pods.grace)
@@ -632,7 +633,7 @@ func FuzzRequest(f *testing.F) {
 		req, err := d.decode(m, raw)
 		if err != nil {
 			if !errdefs.IsInvalidArgument(err) {
-				t.Fatalf("%s %s: %v", d, m, err)
+				t.Fatalf("%s %s: %v", d.client(), m, err)
 			}
 			return
 		}
@@ -641,7 +642,7 @@ func FuzzRequest(f *testing.F) {
 			tasks = append(tasks, *req.task)
 		}
 		if m == prepare && len(tasks) != 1 {
-			t.Fatalf("%s: %d announcements", d, len(tasks))
+			t.Fatalf("%s: %d announcements", d.client(), len(tasks))
 		}
 		announced := map[string][]string{}
 		for _, task := range tasks {
@@ -663,7 +664,7 @@ func FuzzRequest(f *testing.F) {
 			return // its answer has what the pod measured
 		}
 		if _, err := d.encode(m, result{Status: pod.Status{ID: "a", Address: "b"}}); err != nil {
-			t.Fatalf("%s %s: %v", d, m, err)
+			t.Fatalf("%s %s: %v", d.client(), m, err)
 		}
 	})
 }

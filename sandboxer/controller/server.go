@@ -16,11 +16,11 @@ import (
 const serviceName = "containerd.services.sandbox.v1.Controller"
 
 // maxRequest bounds a request, in bytes: 16 MiB and what goes around it. An Update may be as long as
-// maxUpdate, because it may carry the specs of all containers of a pod. Longer ones are refused with
+// maxUpdate, a snapshot and what goes around that, because it may carry the specs of all containers of a pod. Longer ones are refused with
 // ResourceExhausted, naming both sizes; beyond maxUpdate before they are read.
 const (
 	maxRequest = 16<<20 + 64<<10
-	maxUpdate  = maxSnapshot + 64<<10
+	maxUpdate  = maxSnapshot + 1<<20
 )
 
 // Server serves a Controller.
@@ -87,12 +87,10 @@ func (c *Controller) serve(ctx context.Context, m method, raw []byte) (reply any
 	if err != nil {
 		return nil, err
 	}
+	req.client = d.client()
 	res, err := c.do(ctx, m, req)
 	if err != nil {
 		return nil, err
-	}
-	if m == create {
-		c.log.Info("a client asked for the pod", "pod", req.id, "client", d.String())
 	}
 	return d.encode(m, res)
 }

@@ -109,7 +109,6 @@ func (p *Pod) boot(ctx context.Context) error {
 type boot struct {
 	*Pod
 	config  cri.PodSandboxConfig
-	network Network
 	fsSock  string
 	hello   *protocol.Hello
 	release func() // gives the boot slot back
@@ -170,7 +169,7 @@ func (b *boot) run(ctx context.Context) error {
 		return &BootError{Stage: StageTask, Err: err}
 	}
 	b.rec.State = Ready
-	b.rec.Address = b.address()
+	b.rec.Address = b.addressLocked()
 	err := b.journalLocked()
 	if err != nil {
 		b.rec.State = Starting
@@ -260,7 +259,9 @@ func (b *boot) attachNetwork(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	b.mu.Lock()
 	b.network = n
+	b.mu.Unlock()
 	if err := b.undo.add(ctx, undoStep{name: StageNetwork, fn: func(context.Context) error { return n.Close() }}); err != nil {
 		return err
 	}
@@ -268,7 +269,10 @@ func (b *boot) attachNetwork(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return b.note(func(r *record) { r.Network = saved })
+	return b.note(func(r *record) {
+		r.Network = saved
+		r.LateNetwork = r.Client.Announces() && !n.Adopted()
+	})
 }
 
 func (b *boot) makeShare(ctx context.Context) error {
@@ -517,21 +521,33 @@ func (b *boot) endedOr(err error) error {
 }
 
 func (b *boot) serveTasks(ctx context.Context) error {
-	return b.openTasks(ctx, sharedPID(&b.config))
+	if err := b.openTasks(ctx, sharedPID(&b.config)); err != nil {
+		return err
+	}
+	return b.takeLateNetwork(ctx)
+}
+
+// takeLateNetwork follows the pod's network namespace, if its network is still to come.
+func (p *Pod) takeLateNetwork(ctx context.Context) error {
+	if !p.rec.LateNetwork || p.network == nil {
+		return nil
+	}
+	return p.followNetwork(ctx, p.network)
 }
 
 // openTasks makes the host's side of the containers and serves it on the task socket, together with
 // the debug console if that is configured.
 func (p *Pod) openTasks(ctx context.Context, sharedPID bool) error {
 	p.mu.Lock()
-	guest, share, records := p.guest, p.share, p.rec.Containers
+	guest, share, records, address := p.guest, p.share, p.rec.Containers, p.addressLocked()
+	client := p.rec.Client
 	p.mu.Unlock()
 	alive := guest != nil
 	if !alive {
 		guest = goneGuest()
 	}
 	containers, err := p.m.opts.Runtime.NewContainers(ContainersConfig{
-		PodID: p.id, Dir: p.dir, Address: p.address(), Guest: guest, Share: share, SharedPID: sharedPID,
+		PodID: p.id, Dir: p.dir, Address: address, Client: client, Direct: direct(address), Guest: guest, Share: share, SharedPID: sharedPID,
 		Records: records, Journal: p.journalContainers, Fail: p.fail, Log: p.log,
 	})
 	if err != nil {

@@ -73,7 +73,8 @@ func checkConfig(c *cri.PodSandboxConfig, netns string) error {
 		return fmt.Errorf("the pod asks for the node's IPC (hostIPC), and a virtual machine has a kernel of its own: "+
 			"unset hostIPC or choose another runtime class: %w", errdefs.ErrFailedPrecondition)
 	case netns == "":
-		return fmt.Errorf("netns_path is empty: a pod in a virtual machine needs a network namespace of its own: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("netns_path is empty, as it is for pods on the node's network: "+
+			"a pod in a virtual machine needs a network namespace of its own (iSulad makes one unless the pod asks for hostNetwork): %w", errdefs.ErrInvalidArgument)
 	}
 	if h := c.GetHostname(); len(h) > 64 || strings.ContainsFunc(h, notPrintable) {
 		return fmt.Errorf("options: the hostname %q is longer than 64 bytes or not printable: %w", clip(h, 80), errdefs.ErrInvalidArgument)

@@ -48,6 +48,13 @@ type world struct {
 	// Of agents: what they say, and what a hello waits for before it is said.
 	hello *protocol.Hello
 	calls func(ctx context.Context, id string) error
+	// cid is the context id of machines, 0: they have a serial port.
+	cid uint32
+	// cni is what CNI has made in the namespaces of pods that it had made nothing in at their start;
+	// nil: it is always first. cniChanged tells of changes.
+	cni        *protocol.Network
+	cniChanged chan struct{}
+	networks   []*protocol.Network // what the guest was told after its setup
 	// kept are listeners in the service manager's store; nil where nothing is kept.
 	kept map[string]net.Listener
 }
@@ -128,7 +135,8 @@ func (w *world) runtime() Runtime {
 			return l, w.make("link", l.id, l)
 		},
 		Attach: func(_ context.Context, netns string) (Network, error) {
-			return &fakeNetwork{w, netns}, w.make("network", netns, nil)
+			n := &fakeNetwork{w: w, netns: netns}
+			return n, w.make("network", netns, n)
 		},
 		RestoreNetwork: func(saved json.RawMessage) (Network, error) {
 			n := &fakeNetwork{w: w}
@@ -258,7 +266,9 @@ func (m *fakeMachine) end(code int, reason string) {
 	})
 }
 
-func (m *fakeMachine) Endpoint() vm.Endpoint                     { return vm.Endpoint{SerialSocket: m.id} }
+func (m *fakeMachine) Endpoint() vm.Endpoint {
+	return vm.Endpoint{SerialSocket: m.id, VsockCID: m.w.cid}
+}
 func (m *fakeMachine) AttachDisk(context.Context, vm.Disk) error { return nil }
 func (m *fakeMachine) DetachDisk(context.Context, string) error  { return nil }
 func (m *fakeMachine) Exited() <-chan struct{}                   { return m.exited }
@@ -372,6 +382,16 @@ func (a *fakeAgent) Setup(_ context.Context, r *protocol.SetupRequest) (*protoco
 	return &protocol.SetupResponse{}, a.w.failure("setup")
 }
 
+func (a *fakeAgent) UpdateNetwork(_ context.Context, r *protocol.UpdateNetworkRequest) (*protocol.UpdateNetworkResponse, error) {
+	if err := a.w.failure("update network"); err != nil {
+		return nil, err
+	}
+	a.w.mu.Lock()
+	defer a.w.mu.Unlock()
+	a.w.networks = append(a.w.networks, r.GetNetwork())
+	return &protocol.UpdateNetworkResponse{}, nil
+}
+
 func (a *fakeAgent) SetClock(context.Context, *protocol.SetClockRequest) (*protocol.SetClockResponse, error) {
 	a.w.mu.Lock()
 	a.w.clocks++
@@ -403,17 +423,87 @@ func (a *fakeAgent) PowerOff(context.Context, *protocol.PowerOffRequest) (*proto
 	return &protocol.PowerOffResponse{}, nil
 }
 
+// fakeNetwork complains about what is not safe for concurrent use.
 type fakeNetwork struct {
 	w     *world
 	netns string
+	busy  sync.Mutex
+	uses  int // of Adopt
 }
 
 func (n *fakeNetwork) NICs() []vm.NIC { return []vm.NIC{{MTU: 1500}} }
+
+func (n *fakeNetwork) use() func() {
+	if !n.busy.TryLock() {
+		n.w.t.Error("the network is used by two at once")
+		return func() {}
+	}
+	return n.busy.Unlock
+}
+
+func (n *fakeNetwork) Adopted() bool {
+	defer n.use()()
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.w.cniChanged == nil
+}
+
+func (n *fakeNetwork) Adopt(ctx context.Context) (*protocol.Network, error) {
+	defer n.use()()
+	if n.w.get("network", n.netns) == nil {
+		n.w.t.Error("a network is adopted that was closed")
+	}
+	if err := n.w.failure("adopt"); err != nil {
+		return nil, err
+	}
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.uses++
+	return n.w.cni, ctx.Err()
+}
+
+func (n *fakeNetwork) Watch(ctx context.Context) (<-chan struct{}, error) {
+	defer n.use()()
+	if err := n.w.failure("watch"); err != nil {
+		return nil, err
+	}
+	if err := n.w.make("watch", n.netns, true); err != nil {
+		return nil, err
+	}
+	changed := make(chan struct{}, 1)
+	go func() {
+		defer close(changed)
+		defer n.w.remove("watch", n.netns)
+		for {
+			select {
+			case <-n.w.cniChanged:
+				select {
+				case changed <- struct{}{}:
+				default:
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return changed, nil
+}
+
 func (n *fakeNetwork) Guest() *protocol.Network {
+	if !n.Adopted() {
+		return &protocol.Network{}
+	}
 	return &protocol.Network{Interfaces: []*protocol.Interface{{Name: "eth0", Addresses: []string{"10.1.2.3/24", "fd00::3/64"}}}}
 }
-func (n *fakeNetwork) Saved() (json.RawMessage, error) { return json.Marshal(n.netns) }
-func (n *fakeNetwork) Close() error                    { return n.w.remove("network", n.netns) }
+func (n *fakeNetwork) Saved() (json.RawMessage, error) {
+	defer n.use()()
+	return json.Marshal(n.netns)
+}
+
+func (n *fakeNetwork) Close() error {
+	defer n.use()()
+	return n.w.remove("network", n.netns)
+}
 
 type fakeShare struct {
 	w   *world
@@ -492,6 +582,11 @@ type fakeContainers struct {
 	n    int
 	gone time.Time
 	ooms []string
+	// deleted are containers that the guest told of, announced what clients did, and withdrawal what
+	// comes of withdrawals.
+	deleted    []string
+	announced  map[string][]string
+	withdrawal func(context.Context) error
 
 	handedOver bool
 	hang       chan struct{} // HandOver waits for it
@@ -545,20 +640,60 @@ func (c *fakeContainers) OOM(id string) {
 	c.ooms = append(c.ooms, id)
 }
 
-func (c *fakeContainers) Deleted(string) {}
-
-func (c *fakeContainers) Announced() map[string][]string { return nil }
-
-func (c *fakeContainers) AnnounceContainer(context.Context, container.CreateRequest) error {
-	return errdefs.ErrNotImplemented
+func (c *fakeContainers) Deleted(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.deleted = append(c.deleted, id)
 }
 
-func (c *fakeContainers) AnnounceProcess(context.Context, container.ExecRequest) error {
-	return errdefs.ErrNotImplemented
+func (c *fakeContainers) Announced() map[string][]string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return maps.Clone(c.announced)
 }
 
-func (c *fakeContainers) Withdraw(context.Context, string, string) error {
-	return errdefs.ErrNotImplemented
+func (c *fakeContainers) AnnounceContainer(_ context.Context, r container.CreateRequest) error {
+	if err := c.w.failure("announce"); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.announced == nil {
+		c.announced = map[string][]string{}
+	}
+	c.announced[r.ID] = nil
+	return nil
+}
+
+func (c *fakeContainers) AnnounceProcess(_ context.Context, r container.ExecRequest) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.announced[r.ID]; !ok {
+		return errdefs.ErrNotFound
+	}
+	c.announced[r.ID] = append(c.announced[r.ID], r.ExecID)
+	return nil
+}
+
+func (c *fakeContainers) Withdraw(ctx context.Context, id, exec string) error {
+	c.mu.Lock()
+	withdrawal := c.withdrawal
+	c.mu.Unlock()
+	if withdrawal != nil {
+		return withdrawal(ctx)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	execs, ok := c.announced[id]
+	switch {
+	case !ok:
+		return errdefs.ErrNotFound
+	case exec == "":
+		delete(c.announced, id)
+	default:
+		c.announced[id] = slices.DeleteFunc(execs, func(e string) bool { return e == exec })
+	}
+	return nil
 }
 
 func (c *fakeContainers) Len() int {

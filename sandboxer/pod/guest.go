@@ -117,5 +117,11 @@ func (g *Guest) events(ctx context.Context, containers Containers) error {
 			}
 			containers.OOM(id)
 		}
+		if id := event.GetDeletedContainerId(); id != "" {
+			if err := CheckID(id); err != nil {
+				return errors.New("the guest reported the deletion of a container with an impossible id")
+			}
+			containers.Deleted(id)
+		}
 	}
 }

@@ -39,6 +39,8 @@ type Inspection struct {
 	ExitStatus uint32
 	Reason     string
 
+	// Client is who created the pod.
+	Client       Client
 	NetNS        string
 	CgroupParent string
 	Address      string
@@ -106,6 +108,7 @@ func (i *Inspection) decode(content []byte) error {
 	i.Schema, i.Stale = r.Schema, r.BootID != boot
 	i.State, i.Stage = r.State, r.Stage
 	i.CreatedAt, i.ExitedAt, i.ExitStatus, i.Reason = r.CreatedAt, r.ExitedAt, r.ExitStatus, r.Reason
+	i.Client = r.Client
 	i.NetNS, i.CgroupParent, i.Address, i.Stages = r.NetNS, r.CgroupParent, r.Address, r.Stages
 	i.CNI, i.Network, i.Containers = r.CNI, r.Network, r.Containers
 	if len(r.Config) > 0 {

@@ -35,6 +35,9 @@ const journalName = "sandbox.json"
 const (
 	// journalSchema is what this daemon writes.
 	journalSchema = 1
+	// announcedSchema is what it writes of pods whose client announces containers, and daemons that
+	// know of no announcements cannot go on with those: their journals are readable from it on.
+	announcedSchema = 2
 	// readableBy is the lowest schema of daemons that understand what this one writes.
 	readableBy = 1
 	// oldestSchema is the lowest schema of journals that this daemon understands.
@@ -54,7 +57,9 @@ type record struct {
 	ReadableBy int    `json:"readable_by,omitempty"`
 	BootID     string `json:"boot_id"`
 	ID         string `json:"id"`
-	State      State  `json:"state"`
+	// Client is who created the pod.
+	Client Client `json:"client,omitempty"`
+	State  State  `json:"state"`
 	// Stage is the last boot stage that was completed.
 	Stage string `json:"stage,omitempty"`
 
@@ -70,7 +75,10 @@ type record struct {
 	Config json.RawMessage `json:"config,omitempty"`
 	CNI    json.RawMessage `json:"cni,omitempty"`
 
-	Network   json.RawMessage `json:"network,omitempty"`
+	Network json.RawMessage `json:"network,omitempty"`
+	// LateNetwork says that CNI may still make the network: no container was announced yet.
+	LateNetwork bool `json:"late_network,omitempty"`
+
 	Virtiofsd json.RawMessage `json:"virtiofsd,omitempty"`
 	Machine   *vm.State       `json:"machine,omitempty"`
 	// Containers belongs to package container.
@@ -137,6 +145,9 @@ var writeFile = func(dir string, content []byte) error {
 
 func (r *record) write(dir string) error {
 	r.Schema, r.ReadableBy = journalSchema, readableBy
+	if r.Client.Announces() {
+		r.Schema, r.ReadableBy = announcedSchema, announcedSchema
+	}
 	content, err := json.MarshalIndent(r, "", " ")
 	if err != nil {
 		return fmt.Errorf("cannot encode the journal of pod %s: %w", r.ID, err)
@@ -189,7 +200,7 @@ func decodeRecord(content []byte) (*record, error) {
 		readable = schema
 	}
 	r := new(record)
-	if schema >= oldestSchema && readable <= journalSchema {
+	if schema >= oldestSchema && readable <= announcedSchema {
 		if err := json.Unmarshal(content, r); err != nil {
 			return nil, err
 		}
@@ -202,7 +213,7 @@ func decodeRecord(content []byte) (*record, error) {
 		}
 	}
 	return r, fmt.Errorf("%w: it has schema %d, readable by daemons from schema %d on, and this one has schema %d and reads from %d on",
-		errForeign, schema, readable, journalSchema, oldestSchema)
+		errForeign, schema, readable, announcedSchema, oldestSchema)
 }
 
 // readRegular reads a regular file of at most limit bytes, and nothing else that has its name.

@@ -35,6 +35,11 @@ type Options struct {
 	MemoryPrealloc bool
 	// Debug gives every pod a debug console.
 	Debug bool
+	// ISuladAddress is the form of the task address that iSulad's pods get. AddressAuto, which is also
+	// the zero value, is what the client's version understands: AddressVsock to 2.1.5,
+	// AddressTTRPCVsock from 2.1.6 on. A pod whose guest has no vsock gets AddressUnix, which all
+	// versions understand, whatever is set here; so does every pod if AddressUnix is set.
+	ISuladAddress string
 
 	// BootLimit bounds a boot, less the time in which other pods and processes have the CPUs (6.5 s:
 	// clients of the usual 10 s are to hear the reason in time, and undoing takes a moment).
@@ -115,7 +120,8 @@ func (noMetrics) Recovered(string)                   {}
 
 // CreateRequest announces a pod.
 type CreateRequest struct {
-	ID     string
+	ID string
+	// Client is who creates the pod; only such clients as announce containers may do that in it.
 	Client Client
 	NetNS  string
 	Config *cri.PodSandboxConfig
@@ -158,7 +164,7 @@ func (m *Manager) Create(_ context.Context, req CreateRequest) error {
 
 	p := m.newPod(req.ID)
 	p.rec = record{
-		Schema: journalSchema, BootID: m.opts.BootID, ID: req.ID, State: Created, CreatedAt: time.Now(),
+		Schema: journalSchema, BootID: m.opts.BootID, ID: req.ID, Client: req.Client, State: Created, CreatedAt: time.Now(),
 		NetNS: req.NetNS, CgroupParent: req.Config.GetLinux().GetCgroupParent(), Config: config, CNI: req.CNI,
 	}
 	// The pod is locked until it is whole: it can be found from here on.
@@ -188,7 +194,7 @@ func (m *Manager) Create(_ context.Context, req CreateRequest) error {
 		return &BootError{Stage: StageDirectory, Err: err}
 	}
 	_ = p.undo.add(context.Background(), p.directoryUndo())
-	p.log.Info("pod created", "netns", req.NetNS, "name", req.Config.GetMetadata().GetName(), "namespace", req.Config.GetMetadata().GetNamespace())
+	p.log.Info("pod created", "client", req.Client, "netns", req.NetNS, "name", req.Config.GetMetadata().GetName(), "namespace", req.Config.GetMetadata().GetNamespace())
 	return nil
 }
 

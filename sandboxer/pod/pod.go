@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -56,6 +55,9 @@ type Pod struct {
 	share      Share
 	virtiofsd  Virtiofsd
 	containers Containers
+	// network is the machine's attachment until late, if that is set, has it.
+	network Network
+	late    *lateNetwork
 	// listening is the task socket's listener as long as nobody serves on it.
 	listening net.Listener
 	// cancelBoot ends a boot that is under way; booted is closed when it has ended.
@@ -227,6 +229,8 @@ func (p *Pod) teardown() error {
 	if err == nil {
 		p.rec.State = Stopped
 		p.rec.Network, p.rec.Virtiofsd, p.rec.Machine = nil, nil, nil
+		p.rec.LateNetwork = false
+		p.network, p.late = nil, nil
 		p.machine, p.link, p.guest, p.cgroup, p.share, p.virtiofsd = nil, nil, nil, nil, nil, nil
 		p.pid = 0
 	}
@@ -289,8 +293,11 @@ var errHandedOver = errors.New("the daemon is stopping: the next one goes on wit
 // handOver lets go of the containers, unless they are forgotten already.
 func (p *Pod) handOver() error {
 	p.mu.Lock()
-	containers := p.containers
+	containers, late := p.containers, p.late
 	p.mu.Unlock()
+	if late != nil {
+		late.end()
+	}
 	p.tasks.Lock()
 	defer p.tasks.Unlock()
 	if containers == nil || p.tasks.closed || p.tasks.handedOver {
@@ -379,17 +386,12 @@ func exitError(m vm.Machine) error {
 	return fmt.Errorf("the virtual machine ended: %s", clip(e.Reason, 512))
 }
 
-// address is where clients find the task API.
-func (p *Pod) address() string { return "ttrpc+unix://" + filepath.Join(p.dir, taskSocket) }
-
 const taskSocket = "task.sock"
-
-// taskVersion is the version of the task API at the address.
-const taskVersion = 3
 
 // Status is what is known of a pod; it costs no round trip to the guest.
 type Status struct {
 	ID         string
+	Client     Client
 	State      State
 	PID        int // of the hypervisor; 0 when there is none
 	CreatedAt  time.Time
@@ -410,7 +412,7 @@ func (p *Pod) status() Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := Status{
-		ID: p.id, State: p.rec.State, PID: p.pid, CreatedAt: p.rec.CreatedAt,
+		ID: p.id, Client: p.rec.Client, State: p.rec.State, PID: p.pid, CreatedAt: p.rec.CreatedAt,
 		ExitedAt: p.rec.ExitedAt, ExitStatus: p.rec.ExitStatus, Reason: p.rec.Reason,
 		NetNS: p.rec.NetNS, Hypervisor: p.m.opts.Runtime.Driver.Name(),
 		Stages: p.rec.Stages, Config: p.rec.Config, CNI: p.rec.CNI,
@@ -419,7 +421,7 @@ func (p *Pod) status() Status {
 		s.Held = clip(p.held.Error(), 1024)
 	}
 	if p.rec.Address != "" {
-		s.Address, s.Version = p.rec.Address, taskVersion
+		s.Address, s.Version = p.rec.Address, p.rec.Client.taskVersion()
 	}
 	return s
 }

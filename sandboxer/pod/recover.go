@@ -290,6 +290,9 @@ func (p *Pod) reclaim(ctx context.Context) error {
 		if n, err := rt.RestoreNetwork(saved); err != nil {
 			p.log.Warn("the pod's network cannot be found again; it goes with its namespace", "error", err)
 		} else {
+			p.mu.Lock()
+			p.network = n
+			p.mu.Unlock()
 			add(undoStep{name: StageNetwork, fn: func(context.Context) error { return n.Close() }})
 		}
 	}
@@ -416,6 +419,9 @@ func (p *Pod) adopt(ctx context.Context) error {
 		return err
 	}
 	if err := p.openTasks(ctx, p.shared()); err != nil {
+		return err
+	}
+	if err := p.takeLateNetwork(ctx); err != nil {
 		return err
 	}
 	p.mu.Lock()

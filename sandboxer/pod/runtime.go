@@ -64,12 +64,22 @@ type Runtime struct {
 	Unlisten func(podID string) error
 }
 
-// Network is the attachment of a machine to the pod's network namespace.
+// Network is the attachment of a machine to the pod's network namespace. No two of its methods are
+// called at the same time.
 type Network interface {
 	// NICs hands over the tap descriptors, once.
 	NICs() []vm.NIC
 	// Guest is what the guest has to configure.
 	Guest() *protocol.Network
+	// Adopted says whether the machine is joined to what CNI made.
+	Adopted() bool
+	// Adopt joins the machine to an interface that CNI has made since the attachment, and returns what
+	// the guest has to configure then: nil, and no error, as long as there is none. Again it reads what
+	// has changed.
+	Adopt(ctx context.Context) (*protocol.Network, error)
+	// Watch tells when it is worth calling Adopt: the channel yields an element after one change of the
+	// namespace or several. It ends with ctx.
+	Watch(ctx context.Context) (<-chan struct{}, error)
 	// Saved is what RestoreNetwork needs.
 	Saved() (json.RawMessage, error)
 	// Close removes everything from the namespace; a namespace that is gone is no error.

@@ -75,6 +75,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		Size:           pod.Size{VCPUs: h.VCPUs, MemoryMiB: h.MemoryInMB},
 		MaxSize:        pod.Size{VCPUs: h.MaxVCPUs, MemoryMiB: h.MaxMemoryInMB},
 		MemoryPrealloc: h.EnableMemPrealloc, Debug: console,
+		ISuladAddress: cfg.Sandbox.ISuladTaskAddress,
 		Metrics: service.recovery(dir, registry), Log: log,
 	})
 	began := time.Now()
