@@ -158,6 +158,58 @@ func layer(busybox []byte, applets []string) (compressed []byte, diffID digest.D
 	return out.Bytes(), sum.Digest(), nil
 }
 
+// Unpack makes the image's root file system in a directory, which must exist.
+func (i *Image) Unpack(dir string) error {
+	fail := func(err error) error { return fmt.Errorf("cannot unpack %s into %s: %w", i.Name, dir, err) }
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fail(err)
+	}
+	defer root.Close()
+	unzipped, err := gzip.NewReader(bytes.NewReader(i.layer.data))
+	if err != nil {
+		return fail(err)
+	}
+	for archive := tar.NewReader(unzipped); ; {
+		header, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fail(err)
+		}
+		name := strings.TrimSuffix(header.Name, "/")
+		switch header.Typeflag {
+		case tar.TypeDir:
+			err = root.Mkdir(name, 0o755)
+		case tar.TypeLink:
+			err = root.Link(header.Linkname, name)
+		case tar.TypeReg:
+			var content []byte
+			if content, err = io.ReadAll(archive); err == nil {
+				err = root.WriteFile(name, content, 0o644)
+			}
+		default:
+			err = fmt.Errorf("%s is of type %c", header.Name, header.Typeflag)
+		}
+		if err == nil && header.Typeflag != tar.TypeLink {
+			// Mkdir and WriteFile apply the umask.
+			err = root.Chmod(name, os.FileMode(header.Mode&0o777)|sticky(header.Mode))
+		}
+		if err != nil {
+			return fail(err)
+		}
+	}
+}
+
+// sticky is the sticky bit of a mode as archives have it.
+func sticky(mode int64) os.FileMode {
+	if mode&0o1000 != 0 {
+		return os.ModeSticky
+	}
+	return 0
+}
+
 // Import puts the image into the containerd behind conn. It succeeds if the image is there already.
 func (i *Image) Import(ctx context.Context, conn grpc.ClientConnInterface) error {
 	ctx = metadata.AppendToOutgoingContext(ctx, "containerd-namespace", Namespace)

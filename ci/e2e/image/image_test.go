@@ -69,3 +69,22 @@ func TestStaticBinaryRefusesOthers(t *testing.T) {
 		t.Errorf("a script is accepted: %v", err)
 	}
 }
+
+func TestUnpack(t *testing.T) {
+	image, err := Busybox()
+	if err != nil {
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	if err := image.Unpack(dir); err != nil {
+		t.Fatal(err)
+	}
+	for name, mode := range map[string]os.FileMode{"bin/sh": 0o755, "tmp": os.ModeDir | os.ModeSticky | 0o777, "etc/passwd": 0o644} {
+		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode() != mode {
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
+	}
+	if err := image.Unpack(dir); err == nil {
+		t.Error("a root file system is unpacked over another")
+	}
+}

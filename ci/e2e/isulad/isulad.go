@@ -88,6 +88,9 @@ type ExecConfig struct {
 	Stdout, Stderr io.Writer
 	// Resize brings the sizes of the terminal, from when the process has started; may be nil.
 	Resize <-chan Size
+	// Names, if not nil, are told as the names of stdin, stdout and stderr in place of those of streams
+	// that iSulad opens: nobody is at their other ends. What an iSulad with a defect would do.
+	Names *[3]string
 }
 
 // Pod is what RunPod starts.
@@ -288,6 +291,16 @@ func (d *Daemon) PodState(id string) (state State, address string, exitStatus in
 	return p.state, p.started.address, p.exit.status
 }
 
+// PodPID is the process that Start named, of which iSulad makes paths of namespaces.
+func (d *Daemon) PodPID(id string) uint32 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if p := d.pods[id]; p != nil {
+		return p.started.pid
+	}
+	return 0
+}
+
 // WaitPod returns when the pod has the state.
 func (d *Daemon) WaitPod(ctx context.Context, id string, want State) error {
 	for {
@@ -437,6 +450,20 @@ func (d *Daemon) announce(p *pod, change func(map[string]*task)) error {
 		return fmt.Errorf("cannot announce the tasks of pod %s: %w", p.ID, err)
 	}
 	return nil
+}
+
+// Announce sends a list of tasks as it is, which may be no such list at all. Only Gen-B has it.
+func (d *Daemon) Announce(pod string, list []byte) error {
+	now := d.config.now()
+	_, err := d.client.call("Update", updateRequest(d.config.Sandboxer, pod, d.config.Runtime, "k8s_POD", now, now, list))
+	return err
+}
+
+// Purge says of a container, or of a process in it if exec is not empty, that it is gone; also of such
+// as have never been. Only Gen-A has it.
+func (d *Daemon) Purge(pod, container, exec string) error {
+	_, err := d.client.call("Purge", purgeRequest(d.config.Sandboxer, pod, container, exec))
+	return err
 }
 
 func (d *Daemon) tasksFile(p *pod) string {
@@ -686,7 +713,7 @@ func (d *Daemon) Exec(id string, e ExecConfig) (_ uint32, err error) {
 	if e.Resize != nil {
 		go resize(c, exec, e.Resize, ended)
 	}
-	attached := e.Stdin != nil || e.Stdout != nil || e.Stderr != nil
+	attached := e.Names != nil || e.Stdin != nil || e.Stdout != nil || e.Stderr != nil
 	if !attached && d.generation() == GenB {
 		return 0, nil
 	}
@@ -733,10 +760,13 @@ func (d *Daemon) purgeExec(c *container, exec string) error {
 
 // open opens the streams of an exec. release gives their ports back.
 func (d *Daemon) open(c *container, exec string, e ExecConfig) (_ *streams, release func(), err error) {
-	if e.Stdin == nil && e.Stdout == nil && e.Stderr == nil {
+	if e.Names != nil || e.Stdin == nil && e.Stdout == nil && e.Stderr == nil {
 		s := &streams{done: make(chan struct{}), cancel: func() {}}
 		close(s.done)
 		s.terminal = e.Terminal
+		if e.Names != nil {
+			s.stdin, s.stdout, s.stderr = e.Names[0], e.Names[1], e.Names[2]
+		}
 		return s, func() {}, nil
 	}
 	cid, vsock := d.config.Version.stdioCID(c.address)

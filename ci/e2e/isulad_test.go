@@ -1,0 +1,121 @@
+package e2e
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"kuasar.io/kuasar/ci/e2e/isulad"
+	"kuasar.io/kuasar/ci/e2e/isulad/scenario"
+	"kuasar.io/kuasar/ci/e2e/node"
+)
+
+// The versions of iSulad that differ from one another towards a sandboxer.
+var isulads = []struct {
+	name    string
+	version isulad.Version
+}{{"2.1.3", isulad.V213}, {"2.1.5", isulad.V215}, {"2.1.6", isulad.V216}}
+
+var isuladNode *scenario.Node
+
+// beginISulad is begin for the scenarios of iSulad, whose pods are on the same sandboxer as
+// containerd's.
+func beginISulad(t *testing.T) (context.Context, *scenario.Node) {
+	t.Helper()
+	ctx := begin(t)
+	if isuladNode == nil {
+		gateway, err := netip.ParsePrefix(bed.Gateway + "/24")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = os.Stat("/dev/vhost-vsock")
+		isuladNode = &scenario.Node{
+			Socket: sandboxer.Socket, State: sandboxer.Dir, Dir: filepath.Join(bed.Dir, "isulad"),
+			Bridge: bed.Bridge, Gateway: gateway, CgroupParent: cgroupParent, Vsock: err == nil,
+			Restart: successor(sandboxer.Restart), Kill: successor(sandboxer.Kill),
+			VMM: func(pod string) (int, error) {
+				pid, _, err := sandboxer.VMM(pod)
+				return pid, err
+			},
+		}
+	}
+	return ctx, isuladNode
+}
+
+// successor ends the sandboxer and waits for the next one.
+func successor(end func()) func(context.Context) error {
+	return func(ctx context.Context) error {
+		pid := sandboxer.PID()
+		end()
+		return sandboxer.AwaitSuccessor(ctx, pid)
+	}
+}
+
+// All versions of iSulad have pods on one running daemon, beside one of containerd's.
+func TestISuladPods(t *testing.T) {
+	ctx := begin(t)
+	p := runPod(ctx, t, podConfig(t), node.Handler)
+	id := p.start(ctx, t, container("sleep 1000"))
+	for _, i := range isulads {
+		t.Run(i.name, func(t *testing.T) {
+			ctx, n := beginISulad(t)
+			scenario.Lifecycle(ctx, t, n, i.version)
+		})
+		exec(ctx, t, id, "true")
+	}
+}
+
+func TestISuladNetworkFirst(t *testing.T) {
+	ctx, n := beginISulad(t)
+	scenario.NetworkFirst(ctx, t, n)
+}
+
+func TestISuladLogRotation(t *testing.T) {
+	ctx, n := beginISulad(t)
+	scenario.LogRotation(ctx, t, n, isulad.V216)
+}
+
+func TestISuladRestartsOfTheDaemon(t *testing.T) {
+	for _, i := range isulads {
+		t.Run(i.name, func(t *testing.T) {
+			ctx, n := beginISulad(t)
+			scenario.Restarts(ctx, t, n, i.version)
+		})
+	}
+}
+
+func TestISuladMachineThatDies(t *testing.T) {
+	for _, i := range isulads {
+		if i.version == isulad.V215 {
+			continue // as 2.1.3
+		}
+		t.Run(i.name, func(t *testing.T) {
+			ctx, n := beginISulad(t)
+			scenario.MachineDies(ctx, t, n, i.version)
+		})
+	}
+}
+
+func TestISuladBadInput(t *testing.T) {
+	for _, i := range isulads {
+		if i.version == isulad.V215 {
+			continue // as 2.1.3
+		}
+		t.Run(i.name, func(t *testing.T) {
+			ctx, n := beginISulad(t)
+			scenario.BadInput(ctx, t, n, i.version)
+		})
+	}
+}
+
+// What a node without vsock cannot show: the address that leads past the daemon, and the streams of
+// 2.1.5 over the guest's ports. The node in a machine of its own runs the same scenarios.
+func TestISuladDirectTaskAddress(t *testing.T) {
+	ctx, n := beginISulad(t)
+	if !n.Vsock {
+		t.Skip("this machine has no /dev/vhost-vsock, so task addresses are Unix sockets; \"go tool mage node\" has it")
+	}
+	scenario.Lifecycle(ctx, t, n, isulad.V215)
+}
