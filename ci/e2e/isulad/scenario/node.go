@@ -124,7 +124,6 @@ type pod struct {
 	id      string
 	netns   string
 	address netip.Prefix // that its network gives it
-	pid     uint32
 	config  *runtimeapi.PodSandboxConfig
 	rootfs  []string // mounted, to be unmounted
 }
