@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"os"
 
@@ -28,6 +29,12 @@ func Kernel(ctx context.Context) error { return tree.Kernel(ctx) }
 
 // Initrd makes the guest's agent and the initrd around it.
 func Initrd(ctx context.Context) error { return tree.Initrd(ctx) }
+
+// Image makes out/kuasar-erofs.img, or with IMAGE=ext4 out/kuasar-ext4.img: the initrd's content as a
+// read-only disk, for hypervisor.image_path.
+func Image(ctx context.Context) error {
+	return tree.Image(ctx, cmp.Or(os.Getenv("IMAGE"), "erofs"))
+}
 
 // Package makes out/rpm/kuasar-<version>-<release>.<arch>.rpm, signed with RPM_SIGNING_KEY if it is set.
 func Package(ctx context.Context) error { return release.Package(ctx, tree, os.Stdout) }

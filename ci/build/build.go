@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"kuasar.io/kuasar/ci/host"
+	"kuasar.io/kuasar/guest/image"
 	"kuasar.io/kuasar/guest/initrd"
 	"kuasar.io/kuasar/guest/kernel"
 )
@@ -32,11 +33,13 @@ const Out = "out"
 
 // What is built, as Tree.Path takes it.
 const (
-	Sandboxer = "bin/vmm-sandboxer"
-	Ctl       = "bin/kuasar-ctl"
-	Agent     = "bin/vmm-task"
-	Kernel    = "vmlinux.bin"
-	Initrd    = "kuasar.initrd"
+	Sandboxer  = "bin/vmm-sandboxer"
+	Ctl        = "bin/kuasar-ctl"
+	Agent      = "bin/vmm-task"
+	Kernel     = "vmlinux.bin"
+	Initrd     = "kuasar.initrd"
+	ImageEROFS = "kuasar-erofs.img"
+	ImageExt4  = "kuasar-ext4.img"
 )
 
 // An architecture is one that the appliance is built for.
@@ -132,8 +135,8 @@ func (t Tree) target() (a architecture, cross bool, err error) {
 	return architectures[i], architectures[i].goarch != runtime.GOARCH, nil
 }
 
-// Path is where one of Sandboxer, Ctl, Agent, Kernel and Initrd is once it is built: below out/,
-// or below out/<arch>/ if it is for another architecture than this machine's.
+// Path is where one of the things that are built is once that is done: below out/, or below
+// out/<arch>/ if it is for another architecture than this machine's.
 func (t Tree) Path(name string) string {
 	if a, cross, err := t.target(); err != nil || cross {
 		return filepath.Join(t.Root, Out, cmp.Or(a.name, t.Arch), name)
@@ -197,6 +200,40 @@ func (t Tree) Initrd(ctx context.Context) error {
 	return t.assemble(ctx)
 }
 
+// images are where images go, and what making them takes, by file system.
+var images = map[string]struct {
+	output  string
+	purpose host.Purpose
+}{
+	image.EROFS: {ImageEROFS, host.EROFS},
+	image.Ext4:  {ImageExt4, host.Ext4},
+}
+
+// Image builds the agent and, with the same content as the initrd, a disk image of the file system erofs or
+// ext4, for hypervisor.image_path. It is not part of Everything.
+func (t Tree) Image(ctx context.Context, fileSystem string) error {
+	made, known := images[fileSystem]
+	if !known {
+		return fmt.Errorf("cannot make an image of the file system %q: it is neither %s nor %s", fileSystem, image.EROFS, image.Ext4)
+	}
+	if err := t.ensure(ctx, forAgent, [2]host.Purpose{made.purpose, made.purpose}); err != nil {
+		return err
+	}
+	stamp, err := t.stamp(ctx)
+	if err != nil {
+		return err
+	}
+	if err := t.compile(ctx, agent, stamp); err != nil {
+		return err
+	}
+	console, err := t.console(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = image.Build(ctx, image.Config{Agent: t.Path(Agent), Console: console, FileSystem: fileSystem, Output: t.Path(made.output)})
+	return err
+}
+
 // Clean removes out/. The cache stays: it is keyed by content, and the kernel took minutes.
 func (t Tree) Clean() error {
 	return os.RemoveAll(filepath.Join(t.Root, Out))
@@ -238,12 +275,17 @@ func (t Tree) kernel(ctx context.Context) error {
 	return err
 }
 
-func (t Tree) assemble(ctx context.Context) error {
+// console returns the archive of the debug console's tools.
+func (t Tree) console(ctx context.Context) (string, error) {
 	a, _, err := t.target()
 	if err != nil {
-		return err
+		return "", err
 	}
-	console, err := initrd.Console(ctx, filepath.Join(t.Root, "guest/initrd/console"), a.goarch, t.progress())
+	return initrd.Console(ctx, filepath.Join(t.Root, "guest/initrd/console"), a.goarch, t.progress())
+}
+
+func (t Tree) assemble(ctx context.Context) error {
+	console, err := t.console(ctx)
 	if err != nil {
 		return err
 	}

@@ -86,10 +86,17 @@ func TestPath(t *testing.T) {
 	for name, step := range map[string]func(Tree) error{
 		"everything": func(tree Tree) error { return tree.Everything(t.Context()) },
 		"kernel":     func(tree Tree) error { return tree.Kernel(t.Context()) },
+		"image":      func(tree Tree) error { return tree.Image(t.Context(), "erofs") },
 	} {
 		if err := step(Tree{Root: t.TempDir(), Arch: "riscv64"}); err == nil || !strings.Contains(err.Error(), `"riscv64"`) {
 			t.Errorf("%s for an architecture that is none: %v", name, err)
 		}
+	}
+}
+
+func TestImageOfAnotherFileSystem(t *testing.T) {
+	if err := (Tree{Root: t.TempDir()}).Image(t.Context(), "xfs"); err == nil || !strings.Contains(err.Error(), `"xfs"`) {
+		t.Errorf("got %v", err)
 	}
 }
 

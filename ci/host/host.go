@@ -27,6 +27,9 @@ const (
 	Run Purpose = "run virtual machines"
 	// Image is making the container image that pods run, without a registry.
 	Image Purpose = "make a container image"
+	// EROFS and Ext4 are making the guest's root file system as a disk image of that type.
+	EROFS Purpose = "make an EROFS image"
+	Ext4  Purpose = "make an ext4 image"
 	// Race is running the unit tests with the race detector.
 	Race Purpose = "run the tests"
 	// Machine is booting a machine with systemd in namespaces.
@@ -145,6 +148,13 @@ var requirements = map[Purpose][]requirement{
 		{files: []string{"rpmlint"}, why: "checks the packages", deb: []string{"rpmlint"}, rpm: []string{"rpmlint"}},
 		{files: []string{"cpio"}, why: "unpacks packages to be checked", deb: []string{"cpio"}, rpm: []string{"cpio"}},
 		{files: []string{"rpm"}, why: "verifies the packages' signatures", deb: []string{"rpm"}, rpm: []string{"rpm"}},
+	},
+	EROFS: {
+		{files: []string{"mkfs.erofs"}, why: "makes the guest's root file system", deb: []string{"erofs-utils"}, rpm: []string{"erofs-utils"}},
+	},
+	Ext4: {
+		{files: []string{"mke2fs"}, why: "makes the guest's root file system", deb: []string{"e2fsprogs"}, rpm: []string{"e2fsprogs"}},
+		{files: []string{"debugfs"}, why: "puts the files into the guest's root file system", deb: []string{"e2fsprogs"}, rpm: []string{"e2fsprogs"}},
 	},
 	Race: {
 		{files: []string{"gcc"}, why: "the race detector is linked by the C compiler", deb: []string{"gcc"}, rpm: []string{"gcc"}},

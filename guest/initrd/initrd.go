@@ -46,7 +46,7 @@ type Config struct {
 // Build puts the initrd together and returns Output. An initrd that is the same already is left
 // untouched.
 func Build(ctx context.Context, cfg Config) (string, error) {
-	records, err := contents(cfg)
+	records, err := Contents(cfg.Agent, cfg.Console)
 	if err != nil {
 		return "", fmt.Errorf("cannot build the initrd: %w", err)
 	}
@@ -60,20 +60,21 @@ func Build(ctx context.Context, cfg Config) (string, error) {
 	if err := ctx.Err(); err != nil {
 		return "", err
 	}
-	if err := publish(image.Bytes(), cfg.Output); err != nil {
+	if err := Publish(image.Bytes(), cfg.Output); err != nil {
 		return "", fmt.Errorf("cannot build the initrd: %w", err)
 	}
 	return cfg.Output, nil
 }
 
-// contents are the records of the initrd, in no particular order.
-func contents(cfg Config) ([]cpio.Record, error) {
-	agent, err := os.ReadFile(cfg.Agent)
+// Contents are the guest's files, from the agent's binary and, if its path is not empty, the console's
+// archive: for any kind of image, in no particular order, and without the folders that only lead to others.
+func Contents(agentPath, consolePath string) ([]cpio.Record, error) {
+	agent, err := os.ReadFile(agentPath)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the agent: %w", err)
 	}
 	if !bytes.HasPrefix(agent, []byte("\x7fELF")) {
-		return nil, fmt.Errorf("cannot use the agent: %s is no ELF binary", cfg.Agent)
+		return nil, fmt.Errorf("cannot use the agent: %s is no ELF binary", agentPath)
 	}
 	records := []cpio.Record{
 		cpio.StaticFile("init", string(agent), 0o755),
@@ -94,8 +95,8 @@ func contents(cfg Config) ([]cpio.Record, error) {
 		records = append(records, cpio.Directory(dir, 0o755))
 	}
 	records = append(records, cpio.Directory("root", 0o700), cpio.Directory("tmp", 0o777|stickyBit), cpio.Symlink("var/run", "/run"))
-	if cfg.Console != "" {
-		archive, err := os.ReadFile(cfg.Console)
+	if consolePath != "" {
+		archive, err := os.ReadFile(consolePath)
 		if err != nil {
 			return nil, fmt.Errorf("cannot read the console's archive: %w", err)
 		}
@@ -107,13 +108,13 @@ func contents(cfg Config) ([]cpio.Record, error) {
 // stickyBit is S_ISVTX.
 const stickyBit = 0o1000
 
-// write writes records as a newc archive that depends on nothing but their content: parents are
-// added, the order is that of the names, and inodes, owners and times are fixed.
-func write(w io.Writer, records []cpio.Record) error {
+// Arrange returns records with the folders that lead to them, in the order of their names, so that
+// every folder comes before what is in it. A name that is there twice is an error.
+func Arrange(records []cpio.Record) ([]cpio.Record, error) {
 	byName := map[string]cpio.Record{}
 	for _, r := range records {
 		if _, ok := byName[r.Name]; ok {
-			return fmt.Errorf("%s is packed twice", r.Name)
+			return nil, fmt.Errorf("%s is packed twice", r.Name)
 		}
 		byName[r.Name] = r
 	}
@@ -130,6 +131,16 @@ func write(w io.Writer, records []cpio.Record) error {
 	}
 	// A parent's name is a prefix of its children's, so it comes before them, as the kernel needs.
 	slices.SortFunc(sorted, func(a, b cpio.Record) int { return cmp.Compare(a.Name, b.Name) })
+	return sorted, nil
+}
+
+// write writes records as a newc archive that depends on nothing but their content: inodes, owners and
+// times are fixed.
+func write(w io.Writer, records []cpio.Record) error {
+	sorted, err := Arrange(records)
+	if err != nil {
+		return err
+	}
 	archive := cpio.Newc.Writer(w)
 	for i, r := range sorted {
 		r.Ino, r.NLink, r.UID, r.GID, r.MTime = uint64(i+1), 1, 0, 0, 0
@@ -140,8 +151,8 @@ func write(w io.Writer, records []cpio.Record) error {
 	return cpio.WriteTrailer(archive)
 }
 
-// publish writes data to target, whole or not at all, unless it is there already.
-func publish(data []byte, target string) error {
+// Publish writes data to target, whole or not at all, unless it is there already.
+func Publish(data []byte, target string) error {
 	if old, err := os.ReadFile(target); err == nil && bytes.Equal(old, data) {
 		return nil
 	}
