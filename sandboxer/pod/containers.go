@@ -3,7 +3,6 @@ package pod
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -12,10 +11,6 @@ import (
 
 // What clients announce is kept by the pod's Containers; the manager finds those, and sees to it that
 // the pod has its network before the first container.
-
-// withdrawLimit bounds how long the withdrawal of an announcement may keep a client: some make one call
-// at a time, for all pods of the node.
-const withdrawLimit = 10 * time.Second
 
 // Announced returns the ids of the containers that are announced, and for each those of its processes;
 // the caller may change the result. It fails with NotFound, and with FailedPrecondition for a pod that
@@ -90,7 +85,7 @@ func (m *Manager) Withdraw(ctx context.Context, id, containerID, exec string) er
 	if containers == nil || err != nil && !over {
 		return fmt.Errorf("cannot withdraw what is announced of pod %s: %w", p.id, err)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, withdrawLimit, fmt.Errorf("not done within %v", withdrawLimit))
+	ctx, cancel := context.WithTimeoutCause(ctx, m.withdrawLimit, fmt.Errorf("not done within %v", m.withdrawLimit))
 	defer cancel()
 	err = containers.Withdraw(ctx, containerID, exec)
 	if err == nil || errdefs.IsNotFound(err) {

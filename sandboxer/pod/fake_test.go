@@ -54,7 +54,8 @@ type world struct {
 	// nil: it is always first. cniChanged tells of changes.
 	cni        *protocol.Network
 	cniChanged chan struct{}
-	networks   []*protocol.Network // what the guest was told after its setup
+	networks   []*protocol.Network   // what the guest was told after its setup
+	updating   func(context.Context) // called before
 	// kept are listeners in the service manager's store; nil where nothing is kept.
 	kept map[string]net.Listener
 }
@@ -382,9 +383,12 @@ func (a *fakeAgent) Setup(_ context.Context, r *protocol.SetupRequest) (*protoco
 	return &protocol.SetupResponse{}, a.w.failure("setup")
 }
 
-func (a *fakeAgent) UpdateNetwork(_ context.Context, r *protocol.UpdateNetworkRequest) (*protocol.UpdateNetworkResponse, error) {
+func (a *fakeAgent) UpdateNetwork(ctx context.Context, r *protocol.UpdateNetworkRequest) (*protocol.UpdateNetworkResponse, error) {
 	if err := a.w.failure("update network"); err != nil {
 		return nil, err
+	}
+	if a.w.updating != nil {
+		a.w.updating(ctx)
 	}
 	a.w.mu.Lock()
 	defer a.w.mu.Unlock()

@@ -85,6 +85,9 @@ type Manager struct {
 	// slotLimit is how long a recovery counts among those that run at once, heldInterval how often a
 	// machine is looked for that this daemon has no handle of, and closeLimit bounds Close.
 	slotLimit, heldInterval, closeLimit time.Duration
+	// withdrawLimit bounds how long the withdrawal of an announcement may keep a client: some make one
+	// call at a time, for all pods of the node.
+	withdrawLimit time.Duration
 }
 
 // NewManager returns a manager of no pods. Recover finds those that another daemon left.
@@ -110,6 +113,7 @@ func NewManager(o Options) *Manager {
 	return &Manager{
 		opts: o, slots: make(chan struct{}, o.Boots), pods: make(map[string]*Pod),
 		slotLimit: 5 * time.Second, heldInterval: 2 * time.Second, closeLimit: 10 * time.Second,
+		withdrawLimit: 10 * time.Second,
 	}
 }
 
