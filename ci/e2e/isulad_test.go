@@ -72,6 +72,11 @@ func TestISuladNetworkFirst(t *testing.T) {
 	scenario.NetworkFirst(ctx, t, n)
 }
 
+func TestISuladWithoutNetwork(t *testing.T) {
+	ctx, n := beginISulad(t)
+	scenario.NoNetwork(ctx, t, n, isulad.V216)
+}
+
 func TestISuladLogRotation(t *testing.T) {
 	ctx, n := beginISulad(t)
 	scenario.LogRotation(ctx, t, n, isulad.V216)

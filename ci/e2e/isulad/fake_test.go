@@ -36,9 +36,10 @@ type fake struct {
 	log      []string   // methods in order, those of the task service with their ids
 	requests map[string][][]byte
 	metadata map[string]metadata.MD
-	deadline bool   // whether any call had one
-	hold     func() // is called within Platform
-	dials    int    // connections to the task service
+	deadline bool          // whether any call had one
+	hold     func()        // is called within Platform
+	hang     chan struct{} // if set, the end of an exec is told only once it is closed
+	dials    int           // connections to the task service
 	fail     map[string]error
 	state    string
 	execs    map[string]*taskapi.ExecProcessRequest
@@ -182,6 +183,13 @@ func (f *fake) take() []string {
 	return slices.DeleteFunc(log, func(s string) bool { return s == "Wait" })
 }
 
+// peek is take without the taking.
+func (f *fake) peek() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.log)
+}
+
 func (f *fake) last(method string) []byte {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -317,6 +325,12 @@ func (g *fakeGuest) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*e
 
 func (g *fakeGuest) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
 	g.check(ctx)
+	g.f.mu.Lock()
+	hang := g.f.hang
+	g.f.mu.Unlock()
+	if hang != nil && r.ExecID != "" {
+		<-hang
+	}
 	select {
 	case code := <-g.f.end(cmp.Or(r.ExecID, r.ID)):
 		g.f.mu.Lock()
@@ -362,3 +376,11 @@ func (g *fakeGuest) State(ctx context.Context, r *taskapi.StateRequest) (*taskap
 	defer g.f.mu.Unlock()
 	return &taskapi.StateResponse{Pid: 10}, g.f.fail["state"]
 }
+
+func (g *fakeGuest) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
+	g.check(ctx)
+	g.f.note("resize %dx%d", r.Width, r.Height)
+	return &emptypb.Empty{}, nil
+}
+
+var errTest = status.Error(codes.Internal, "no")

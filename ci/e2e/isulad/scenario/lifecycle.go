@@ -254,12 +254,24 @@ func (o *output) String() string {
 // NetworkFirst runs a pod of 2.1.6 whose annotation has the network set up before it starts.
 func NetworkFirst(ctx context.Context, t *testing.T, n *Node) {
 	h := begin(ctx, t, n, isulad.V216)
-	p := h.run(map[string]string{"cri.sandbox.network.setup.v2": "true"})
+	p := h.run(func(p *isulad.Pod) {
+		p.Config.Annotations = map[string]string{"cri.sandbox.network.setup.v2": "true"}
+	})
 	c := p.start("ip addr show eth0; exec sleep 1000")
 	h.eventually("the container sees its address", func() bool {
 		return strings.Contains(c.logged("stdout"), "inet "+p.address.String())
 	})
 	c.sh("ping -c 1 " + n.Gateway.Addr().String())
+}
+
+// NoNetwork runs a pod in whose network namespace nothing ever appears.
+func NoNetwork(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
+	h := begin(ctx, t, n, v)
+	p := h.run(func(p *isulad.Pod) { p.Network, p.Teardown = nil, nil })
+	c := p.start("exec sleep 1000")
+	if links := c.sh("ip -o -4 addr"); !strings.Contains(links, "inet 127.0.0.1/8") || strings.Count(links, "\n") != 1 {
+		t.Errorf("the container's addresses are\n%s", links)
+	}
 }
 
 // LogRotation writes more than a log may have.

@@ -125,28 +125,18 @@ type pod struct {
 	netns   string
 	address netip.Prefix // that its network gives it
 	config  *runtimeapi.PodSandboxConfig
-	rootfs  []string // mounted, to be unmounted
+	rootfs  *[]string // mounted, to be unmounted
 }
 
-// run runs a pod that the end of the test removes. annotations may be nil.
-func (h *host) run(annotations map[string]string) *pod {
-	h.t.Helper()
-	p, err := h.tryRun(annotations)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	return p
-}
-
-func (h *host) tryRun(annotations map[string]string) (*pod, error) {
+// run runs a pod that the end of the test removes. edit, which may be nil, changes what it is.
+func (h *host) run(edit func(*isulad.Pod)) *pod {
 	h.t.Helper()
 	id := isulad.NewID()
-	p := &pod{host: h, id: id, netns: "isulacni-" + id[:16], address: h.node.address()}
+	p := &pod{host: h, id: id, netns: "isulacni-" + id[:16], address: h.node.address(), rootfs: new([]string)}
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(h.t.Name()))
 	p.config = &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: id[:8]},
 		LogDirectory: filepath.Join(h.node.Dir, "logs", id),
-		Annotations:  annotations,
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
 			CgroupParent: h.node.CgroupParent,
 			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{
@@ -157,12 +147,25 @@ func (h *host) tryRun(annotations map[string]string) (*pod, error) {
 	// Registered before anything is made, as what is made halfway is removed, too.
 	h.t.Cleanup(p.remove)
 	if err := p.prepare(); err != nil {
-		return nil, err
+		h.t.Fatal(err)
 	}
-	err := h.RunPod(isulad.Pod{
-		ID: id, NetNS: "/var/run/netns/" + p.netns, Config: p.config, Network: p.connect, Teardown: p.disconnect,
-	})
-	return p, err
+	what := isulad.Pod{ID: id, NetNS: "/var/run/netns/" + p.netns, Config: p.config, Network: p.connect, Teardown: p.disconnect}
+	if edit != nil {
+		edit(&what)
+	}
+	if err := h.RunPod(what); err != nil {
+		h.t.Fatal(err)
+	}
+	return p
+}
+
+// with is the container in a part of the test.
+func (c *container) with(t *testing.T) *container {
+	h := *c.pod.host
+	h.t = t
+	p := *c.pod
+	p.host = &h
+	return &container{pod: &p, id: c.id, log: c.log}
 }
 
 func (n *Node) address() netip.Prefix {
@@ -205,7 +208,7 @@ func (p *pod) remove() {
 	if pid, err := p.node.VMM(p.id); err == nil {
 		errs = append(errs, fmt.Errorf("process %d of pod %s outlives its removal", pid, p.id))
 	}
-	for _, dir := range p.rootfs {
+	for _, dir := range *p.rootfs {
 		errs = append(errs, unmount(dir), os.RemoveAll(filepath.Dir(dir)))
 	}
 	if err := unmount(filepath.Join(p.folder(), "mounts", "shm")); err != nil {
@@ -298,7 +301,7 @@ func (p *pod) mountRootFS(id string) (string, error) {
 		}
 	}
 	merged := filepath.Join(dir, "merged")
-	p.rootfs = append(p.rootfs, merged)
+	*p.rootfs = append(*p.rootfs, merged)
 	options := fmt.Sprintf("lowerdir=%s,upperdir=%s/diff,workdir=%s/work", p.node.lower(), dir, dir)
 	if err := unix.Mount("overlay", merged, "overlay", 0, options); err != nil {
 		return "", fmt.Errorf("cannot mount the root file system of container %s: %w", id, err)

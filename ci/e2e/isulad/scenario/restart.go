@@ -82,10 +82,15 @@ func Restarts(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 	t.Logf("%d lines, each once", counting.counted())
 }
 
-// MachineDies kills the virtual machine of a pod: that pod ends, and can be removed; others go on.
+// MachineDies kills the virtual machine of a pod: that pod ends, and can be removed; others go on, here
+// one of an iSulad of the other generation.
 func MachineDies(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 	h := begin(ctx, t, n, v)
-	p, other := h.run(nil), h.run(nil)
+	v2 := isulad.V216
+	if v.Generation() == isulad.GenB {
+		v2 = isulad.V213
+	}
+	p, other := h.run(nil), begin(ctx, t, n, v2).run(nil)
 	c, bystander := p.start("exec sleep 1000"), other.start("exec sleep 1000")
 	vmm, err := n.VMM(p.id)
 	if err != nil {
