@@ -23,6 +23,7 @@ import (
 	"kuasar.io/kuasar/sandboxer/cgroup"
 	"kuasar.io/kuasar/sandboxer/network"
 	"kuasar.io/kuasar/sandboxer/pod"
+	"kuasar.io/kuasar/sandboxer/vm/kvm"
 	"kuasar.io/kuasar/sandboxer/vm/qemu"
 )
 
@@ -47,11 +48,11 @@ type kvmProbe struct {
 // probeKVM finds out whether KVM runs a guest: that the device opens proves nothing, for nested hosts
 // offer it and stop at the guest's first instruction.
 func probeKVM(_ context.Context, p kvmProbe) (works bool, reason string) {
-	if err := makeKVM(); err != nil || p.QEMU == "" {
+	if err := kvm.Check(); err != nil || p.QEMU == "" {
 		if err != nil {
 			return false, err.Error()
 		}
-		return true, "/dev/kvm makes virtual machines"
+		return true, "/dev/kvm runs a guest of a few instructions"
 	}
 	dir, err := os.MkdirTemp("", "kuasar-kvm-")
 	if err != nil {
@@ -91,42 +92,8 @@ func (r *reasons) Handle(_ context.Context, record slog.Record) error {
 	return nil
 }
 
-// ioctls of linux/kvm.h and linux/if_tun.h.
-const (
-	kvmGetAPIVersion = 0xae00
-	kvmCreateVM      = 0xae01
-	kvmCreateVCPU    = 0xae41
-	tunGetFeatures   = 0x800454cf
-)
-
-// makeKVM makes a machine with one processor and lets go of it.
-func makeKVM() error {
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	call := func(fd, request uintptr) (int, error) {
-		n, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, request, 0)
-		if errno != 0 {
-			return 0, errno
-		}
-		return int(n), nil
-	}
-	if v, err := call(f.Fd(), kvmGetAPIVersion); err != nil || v != 12 {
-		return fmt.Errorf("it does not speak KVM's API (version %d, %v)", v, err)
-	}
-	vm, err := call(f.Fd(), kvmCreateVM)
-	if err != nil {
-		return fmt.Errorf("it makes no virtual machine: %w", err)
-	}
-	defer unix.Close(vm)
-	vcpu, err := call(uintptr(vm), kvmCreateVCPU)
-	if err != nil {
-		return fmt.Errorf("it makes no virtual processor: %w", err)
-	}
-	return unix.Close(vcpu)
-}
+// tunGetFeatures is an ioctl of linux/if_tun.h.
+const tunGetFeatures = 0x800454cf
 
 // probeVsock claims a context id and gives it back.
 func probeVsock() error {

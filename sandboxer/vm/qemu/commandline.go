@@ -7,14 +7,7 @@ import (
 
 	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/vm"
-)
-
-// Files in the pod's directory, beside sandbox-<id>.log and sandbox-<id>.pid.
-const (
-	consoleSocket = "console.sock"
-	qmpSocket     = "qmp.sock"
-	agentSocket   = "agent.sock"
-	maxSocketPath = 107
+	"kuasar.io/kuasar/sandboxer/vm/machine"
 )
 
 const (
@@ -23,6 +16,8 @@ const (
 	rootPorts = 4
 	// rootPortSlot is the PCI slot on pcie.0 whose functions are the root ports.
 	rootPortSlot = 0x10
+	// scsiBus is that of the controller with the id scsi0, which hot-plugged SCSI disks are targets on.
+	scsiBus = "scsi0.0"
 	// tbSize is TCG's cache of translated code, in MiB. Booting fills 45; much less makes it
 	// translate again and again, more only costs memory.
 	tbSize = 64
@@ -44,17 +39,17 @@ func (in *inherited) add(f *os.File) int {
 // before QEMU runs, nobody has to poll for them.
 type sockets struct{ qmp, console, agent *os.File }
 
-// commandLine returns QEMU's arguments and the files for them to refer to, in their order from
+// commandLine returns QEMU's arguments for a root of the given type on the image, or none, and the files for them to refer to, in their order from
 // descriptor 3.
-func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files []*os.File) {
+func (d *Driver) commandLine(s vm.Spec, rootFSType string, listening sockets) (args []string, files []*os.File) {
 	var in inherited
 	add := func(a ...string) { args = append(args, a...) }
 	arm := d.machineType == "virt"
 
-	add("-name", processName(s.PodID))
-	machine := d.machineType
+	add("-name", machine.ProcessName(s.PodID))
+	machineType := d.machineType
 	if arm {
-		machine += ",gic-version=max"
+		machineType += ",gic-version=max"
 	}
 	// Only a vhost-user daemon needs the guest's memory shared; private memory is cheaper.
 	memory := ""
@@ -65,14 +60,14 @@ func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files
 		memory = "memory-backend-ram,id=mem"
 	}
 	if memory != "" {
-		machine += ",memory-backend=mem"
+		machineType += ",memory-backend=mem"
 		memory += fmt.Sprintf(",size=%dM", s.MemoryMiB)
 		if s.MemoryPrealloc {
 			memory += ",prealloc=on"
 		}
 		add("-object", memory)
 	}
-	add("-machine", machine)
+	add("-machine", machineType)
 	if d.kvm {
 		add("-accel", "kvm", "-cpu", "host")
 	} else {
@@ -95,7 +90,7 @@ func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files
 	if s.Initrd != "" {
 		add("-initrd", s.Initrd)
 	}
-	add("-append", strings.Join(d.kernelParams(s), " "))
+	add("-append", strings.Join(d.kernelParams(s, rootFSType), " "))
 
 	server := func(id string, f *os.File) string {
 		return fmt.Sprintf("socket,id=%s,fd=%d,server=on,wait=off", id, in.add(f))
@@ -105,14 +100,14 @@ func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files
 
 	add("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng")
 	if s.Vsock != nil {
-		add("-device", fmt.Sprintf("vhost-vsock-pci,guest-cid=%d,vhostfd=%d", s.Vsock.CID, in.add(s.Vsock.FD)))
+		add("-device", fmt.Sprintf("vhost-vsock-pci,id=vsock-%d,guest-cid=%d,vhostfd=%d", s.Vsock.CID, s.Vsock.CID, in.add(s.Vsock.FD)))
 	} else {
 		add("-device", "virtio-serial-pci,max_ports=2")
 		add("-chardev", server("agent", listening.agent))
 		// Port 0 is reserved for consoles.
 		add("-device", "virtserialport,chardev=agent,nr=1,name="+protocol.SerialPort)
 	}
-	if s.Image != "" && s.Initrd == "" {
+	if rootFSType != "" {
 		add("-blockdev", "driver=raw,node-name=image,read-only=on,file.driver=file,file.filename="+escape(s.Image))
 		add("-device", "virtio-blk-pci,drive=image")
 	}
@@ -132,6 +127,10 @@ func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files
 		}
 		add("-device", device)
 	}
+	if d.scsi {
+		add("-device", "virtio-scsi-pci,id=scsi0")
+		return args, in.files
+	}
 	for i := range rootPorts {
 		port := fmt.Sprintf("pcie-root-port,id=%s,bus=pcie.0,chassis=%d,slot=%d,addr=%#x.%#x", rootPort(i), i+1, i+1, rootPortSlot, i)
 		if i == 0 {
@@ -143,7 +142,7 @@ func (d *Driver) commandLine(s vm.Spec, listening sockets) (args []string, files
 }
 
 // kernelParams returns the driver's parameters and then the caller's, which therefore win.
-func (d *Driver) kernelParams(s vm.Spec) []string {
+func (d *Driver) kernelParams(s vm.Spec, rootFSType string) []string {
 	console := "ttyS0"
 	if d.machineType == "virt" {
 		console = "ttyAMA0"
@@ -171,13 +170,11 @@ func (d *Driver) kernelParams(s vm.Spec) []string {
 			params = append(params, fmt.Sprintf("tsc_early_khz=%d", d.tscKHz), "tsc=reliable")
 		}
 	}
-	if s.Image != "" && s.Initrd == "" {
-		params = append(params, "root=/dev/vda", "ro", "rootfstype=ext4")
+	if rootFSType != "" {
+		params = append(params, "root=/dev/vda", "ro", "rootfstype="+rootFSType)
 	}
 	return append(params, s.KernelParams...)
 }
-
-func processName(podID string) string { return "sandbox-" + podID }
 
 func rootPort(i int) string { return fmt.Sprintf("rp%d", i) }
 

@@ -11,14 +11,7 @@ import (
 )
 
 // DropMonitor closes the machine's connections to QEMU, as the end of its daemon does.
-func DropMonitor(machine vm.Machine) {
-	m := machine.(*Machine)
-	m.mu.Lock()
-	client, console := m.client, m.console
-	m.mu.Unlock()
-	client.Close()
-	console.Close()
-}
+func DropMonitor(m vm.Machine) { m.(*Machine).DropMonitor() }
 
 // AskAgainAfter sets when a guest is asked again to let a disk go, until the test ends.
 func AskAgainAfter(t testing.TB, d time.Duration) {
@@ -32,7 +25,11 @@ func TryKVM(d *Driver, kernel string) error { return d.tryKVM(kernel) }
 
 // CommandLine is what Start would execute; descriptors are numbered from 3.
 func CommandLine(d *Driver, s vm.Spec) []string {
-	args, _ := d.commandLine(s, sockets{})
+	rootFSType := ""
+	if s.Initrd == "" {
+		rootFSType = "ext4"
+	}
+	args, _ := d.commandLine(s, rootFSType, sockets{})
 	return args
 }
 
@@ -48,5 +45,5 @@ func Drain(ctx context.Context, socket, path string, log *slog.Logger) (tail fun
 	if err != nil {
 		return nil, nil, err
 	}
-	return func() []string { <-c.Done(); return c.Lines(consoleLines) }, ch, nil
+	return func() []string { <-c.Done(); return c.Lines(10) }, ch, nil
 }

@@ -12,32 +12,22 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"kuasar.io/kuasar/sandboxer/vm/kvm"
 	"kuasar.io/kuasar/sandboxer/vm/process"
 )
 
 const (
-	kvmDevice = "/dev/kvm"
-	// kvmGetAPIVersion is the ioctl KVM_GET_API_VERSION; 12 is its only answer since 2007.
-	kvmGetAPIVersion = 0xae00
-	kvmAPIVersion    = 12
-
 	// probeTimeout bounds the boot that shows whether KVM runs a guest.
 	probeTimeout = 3 * time.Second
 )
 
 // openKVM checks that the device is KVM's and may be used.
-func (d *Driver) openKVM() error {
-	f, err := os.OpenFile(kvmDevice, os.O_RDWR, 0)
+func openKVM() error {
+	f, err := kvm.Open()
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if v, err := unix.IoctlRetInt(int(f.Fd()), kvmGetAPIVersion); err != nil || v != kvmAPIVersion {
-		return fmt.Errorf("%s does not speak KVM's API (version %d, %v)", kvmDevice, v, err)
-	}
-	return nil
+	return f.Close()
 }
 
 // probe is the kept outcome of a probe, and what it was about.
@@ -65,8 +55,8 @@ func identify(path string) fileIdentity {
 // probeKVM finds out whether KVM runs kernel. That /dev/kvm opens proves nothing: nested hosts offer
 // it and then stop at the guest's first instruction.
 func (d *Driver) probeKVM(kernel, cache string) bool {
-	log := d.log.With("device", kvmDevice, "kernel", kernel)
-	if err := d.openKVM(); err != nil {
+	log := d.log.With("device", kvm.Device, "kernel", kernel)
+	if err := openKVM(); err != nil {
 		log.Info("KVM is not available; guests run on QEMU's emulation (TCG), which is slower", "reason", err)
 		return false
 	}

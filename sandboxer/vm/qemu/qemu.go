@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/disk"
+	"kuasar.io/kuasar/sandboxer/vm/machine"
 	"kuasar.io/kuasar/sandboxer/vm/process"
 )
 
@@ -37,7 +39,10 @@ type Config struct {
 	ProbeCache string
 	// Debug lets the guest kernel talk: without it, the kernel is started with "quiet".
 	Debug bool
-	Log   *slog.Logger
+	// BlockDeviceDriver is what hot-plugged disks are: virtio-blk (also when empty), each in a slot of its
+	// own, or virtio-scsi, all on one controller.
+	BlockDeviceDriver string
+	Log               *slog.Logger
 }
 
 // Driver makes QEMU machines.
@@ -49,15 +54,16 @@ type Driver struct {
 	tscKHz      int  // of the host; 0 means unknown
 	qboot       bool // the quick firmware is there
 	debug       bool
+	scsi        bool // for hot-plugged disks
 	log         *slog.Logger
 }
 
 // Defaults of the architecture.
 var (
-	program    = map[string]string{"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}[runtime.GOARCH]
-	machine    = map[string]string{"amd64": "q35", "arm64": "virt"}[runtime.GOARCH]
-	versionRE  = regexp.MustCompile(`^QEMU emulator version (\d+)\.(\d+)(\S*)`)
-	minVersion = 6 // the first with everything that the command line needs is 6.0
+	program        = map[string]string{"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}[runtime.GOARCH]
+	defaultMachine = map[string]string{"amd64": "q35", "arm64": "virt"}[runtime.GOARCH]
+	versionRE      = regexp.MustCompile(`^QEMU emulator version (\d+)\.(\d+)(\S*)`)
+	minVersion     = 6 // the first with everything that the command line needs is 6.0
 )
 
 const versionTimeout = 10 * time.Second
@@ -80,13 +86,20 @@ func New(cfg Config) (*Driver, error) {
 		d.path = path
 	}
 	if d.machineType == "" {
-		d.machineType = machine
+		d.machineType = defaultMachine
 		if strings.Contains(filepath.Base(d.path), "aarch64") {
 			d.machineType = "virt"
 		}
 	}
 	if d.machineType != "q35" && d.machineType != "virt" {
 		return nil, fmt.Errorf("cannot use the machine type %q: only q35 (x86_64) and virt (aarch64) are known", d.machineType)
+	}
+	switch cfg.BlockDeviceDriver {
+	case "", "virtio-blk":
+	case "virtio-scsi":
+		d.scsi = true
+	default:
+		return nil, fmt.Errorf("hypervisor.block_device_driver = %q: it is virtio-blk or virtio-scsi", cfg.BlockDeviceDriver)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
 	defer cancel()
@@ -106,7 +119,7 @@ func New(cfg Config) (*Driver, error) {
 	switch cfg.Accelerator {
 	case "tcg":
 	case "kvm":
-		if err := d.openKVM(); err != nil {
+		if err := openKVM(); err != nil {
 			return nil, fmt.Errorf("cannot use KVM: %w; enable virtualization on this host, or set the accelerator to auto or tcg", err)
 		}
 		d.kvm = true
@@ -149,46 +162,25 @@ func (d *Driver) Accelerator() string {
 
 // Create checks a spec; see vm.Driver.
 func (d *Driver) Create(spec vm.Spec) (vm.Machine, error) {
-	if err := checkSpec(spec); err != nil {
+	m := newMachine(d, spec)
+	err := checkSpec(spec)
+	if err == nil && spec.Initrd == "" {
+		m.rootFSType, err = disk.Filesystem(spec.Image)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("cannot make a virtual machine for pod %s: %w", spec.PodID, err)
 	}
-	return newMachine(d, spec), nil
+	return m, nil
 }
-
-var podIDRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 
 func checkSpec(s vm.Spec) error {
 	switch {
-	case !podIDRE.MatchString(s.PodID):
-		return errors.New("the pod's id is not one")
 	case s.VCPUs < 1 || s.VCPUs > 255:
 		return fmt.Errorf("%d virtual CPUs; it must be 1 to 255", s.VCPUs)
 	case s.MemoryMiB < 64:
 		return fmt.Errorf("%d MiB of memory; it must be at least 64", s.MemoryMiB)
-	case s.Kernel == "":
-		return errors.New("no kernel is configured (hypervisor.kernel_path)")
-	case s.Initrd == "" && s.Image == "":
-		return errors.New("neither an initrd nor an image is configured (hypervisor.initrd_path, hypervisor.image_path)")
-	case s.Vsock != nil && (s.Vsock.CID < 3 || s.Vsock.FD == nil):
-		return errors.New("a vsock without a context id or its descriptor")
 	}
-	if socket := filepath.Join(s.Dir, consoleSocket); len(socket) > maxSocketPath {
-		return fmt.Errorf("the path %s is longer than the %d bytes of a Unix socket's address; use a shorter --dir", socket, maxSocketPath)
-	}
-	for i, n := range s.NICs {
-		if n.Tap == nil || len(n.MAC) != 6 {
-			return fmt.Errorf("network interface %d lacks its tap or its MAC", i)
-		}
-		if n.MTU != 0 && (n.MTU < 68 || n.MTU > 65535) {
-			return fmt.Errorf("network interface %d has the MTU %d", i, n.MTU)
-		}
-	}
-	for _, p := range s.KernelParams {
-		if strings.ContainsAny(p, "\n\x00") {
-			return fmt.Errorf("the kernel parameter %q has a line break", p)
-		}
-	}
-	return nil
+	return machine.CheckSpec(s)
 }
 
 func firstLine(b []byte) string {

@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -27,6 +28,9 @@ const (
 	maxReply = 256 << 10
 	// writeTimeout bounds the write of one request: the server reads at once or not at all.
 	writeTimeout = 5 * time.Second
+	// StratoVirt throws requests away beyond 100 in a second; half of that is always enough.
+	maxPerPeriod   = 50
+	throttlePeriod = time.Second
 )
 
 // Error is the server's refusal of a command.
@@ -53,12 +57,17 @@ type Event struct {
 
 // Client is a connection to one monitor. Its methods may be called from several goroutines.
 type Client struct {
-	conn    *net.UnixConn
-	onEvent func(Event)
+	conn     *net.UnixConn
+	onEvent  func(Event)
+	software string
 	// turn holds a token while no request is under way. A request whose caller has given up is
 	// still under way until its answer comes: the server must not be sent another one.
 	turn chan struct{}
 	done chan struct{}
+	// sent are the times of the last requests to a server that throttles, oldest at oldest. Who has the
+	// turn has them.
+	sent   []time.Time
+	oldest int
 
 	mu     sync.Mutex
 	nextID uint64
@@ -149,6 +158,12 @@ func New(ctx context.Context, conn *net.UnixConn, onEvent func(Event)) (*Client,
 		if m, err = decode(line); err == nil && m.Greeting == nil {
 			err = errors.New("the first message is no greeting")
 		}
+		if err == nil {
+			c.software = greeter(*m.Greeting)
+			if strings.HasPrefix(strings.ToLower(c.software), "stratovirt") {
+				c.sent = make([]time.Time, maxPerPeriod)
+			}
+		}
 	}
 	if !stop() && err == nil {
 		err = ctx.Err()
@@ -168,6 +183,31 @@ func New(ctx context.Context, conn *net.UnixConn, onEvent func(Event)) (*Client,
 	}
 	return c, nil
 }
+
+// greeter returns what a greeting says of its program, or "".
+func greeter(greeting json.RawMessage) string {
+	var g struct {
+		Version struct {
+			Package string `json:"package"`
+			// How the documentation of StratoVirt has it.
+			StratoVirt json.RawMessage `json:"StratoVirt"`
+		} `json:"version"`
+	}
+	if json.Unmarshal(greeting, &g) != nil {
+		return ""
+	}
+	if g.Version.Package == "" && len(g.Version.StratoVirt) > 0 {
+		var v struct{ Major, Minor, Micro int }
+		if json.Unmarshal(g.Version.StratoVirt, &v) == nil {
+			return fmt.Sprintf("StratoVirt-%d.%d.%d", v.Major, v.Minor, v.Micro)
+		}
+	}
+	return g.Version.Package
+}
+
+// Package is what the server's greeting says of its program, such as StratoVirt-2.3.0; empty if it says
+// nothing.
+func (c *Client) Package() string { return c.software }
 
 // readLine returns the next line that is not empty; it is valid until the next call.
 func readLine(r *bufio.Reader) ([]byte, error) {
@@ -279,6 +319,10 @@ func (c *Client) execute(ctx context.Context, command string, args, result any, 
 	case <-ctx.Done():
 		return fmt.Errorf("QMP %s: an earlier command is still unanswered: %w", command, ctx.Err())
 	}
+	if err := c.pace(ctx); err != nil {
+		c.turn <- struct{}{}
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
 	call := &call{command: command, answer: make(chan answer, 1)}
 	c.mu.Lock()
 	c.nextID++
@@ -302,6 +346,27 @@ func (c *Client) execute(ctx context.Context, command string, args, result any, 
 	case <-ctx.Done():
 		return fmt.Errorf("QMP %s: no answer: %w", command, ctx.Err())
 	}
+}
+
+// pace waits until the server takes another request.
+func (c *Client) pace(ctx context.Context) error {
+	if c.sent == nil {
+		return nil
+	}
+	if wait := throttlePeriod - time.Since(c.sent[c.oldest]); wait > 0 {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-c.done:
+			return c.Err()
+		case <-ctx.Done():
+			return fmt.Errorf("the server takes no more than %d requests in %v: %w", maxPerPeriod, throttlePeriod, ctx.Err())
+		}
+	}
+	c.sent[c.oldest] = time.Now()
+	c.oldest = (c.oldest + 1) % len(c.sent)
+	return nil
 }
 
 func finish(command string, a answer, result any) error {

@@ -10,59 +10,63 @@ import (
 
 	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/machine"
 )
 
 // Files in the pod's directory, beside sandbox-<id>.log and sandbox-<id>.pid.
 const (
-	consoleSocket = "console.sock"
-	qmpSocket     = "qmp.sock"
-	messagesFile  = "stratovirt.log" // what it says on its standard error
-	disksFile     = "stratovirt-disks.json"
+	messagesFile = "stratovirt.log" // what it says on its standard error
+	disksFile    = "stratovirt-disks.json"
 )
 
 // rootPorts is how many disks can be plugged in at a time.
 const rootPorts = 10
 
-// slots hands out the slots of pcie.0. StratoVirt's host bridge has slot 0, q35's LPC bridge the last.
-type slots struct{ next int }
+// Slots of pcie.0 that are always the same: people look for the vsock's. StratoVirt's host bridge has slot
+// 0, q35's LPC bridge the last.
+const (
+	rngSlot    = 1
+	serialSlot = 2
+	vsockSlot  = 3
+	firstSlot  = 4 // of the others
+)
 
-func (s *slots) take() string {
-	s.next++
-	return fmt.Sprintf("%#x", s.next)
-}
-
-// commandLine returns StratoVirt's arguments and the files for them to refer to, in their order from
+// commandLine returns StratoVirt's arguments for a root of the given type on the image, or none, and the files for them to refer to, in their order from
 // descriptor 3.
-func (d *Driver) commandLine(s vm.Spec) (args []string, files []*os.File) {
-	var free slots
+func (d *Driver) commandLine(s vm.Spec, rootFSType string) (args []string, files []*os.File) {
 	add := func(a ...string) { args = append(args, a...) }
 	inherit := func(f *os.File) int {
 		files = append(files, f)
 		return 2 + len(files)
 	}
-	// device adds a virtio device, which microvm has on its own bus and the others in a slot.
-	device := func(kind, properties string) {
+	// device adds a virtio device, which microvm has on its own bus and the others in a slot; the arguments
+	// after the first two are what follows the slot.
+	device := func(slot int, kind, properties string, more ...string) {
 		if d.microvm() {
-			add("-device", kind+"-device,"+properties)
-			return
+			kind += "-device"
+		} else {
+			kind += "-pci"
+			properties += fmt.Sprintf(",bus=pcie.0,addr=%#x", slot)
 		}
-		add("-device", fmt.Sprintf("%s-pci,%s,bus=pcie.0,addr=%s", kind, properties, free.take()))
+		add("-device", strings.Join(append([]string{kind, properties}, more...), ","))
 	}
+	next := firstSlot - 1
+	free := func() int { next++; return next }
 
-	add("-name", processName(s.PodID))
-	machine := append([]string{d.machineType}, d.options...)
+	add("-name", machine.ProcessName(s.PodID))
+	machineType := append([]string{d.machineType}, d.options...)
 	if s.Share.Socket != "" {
 		// The daemon works on the guest's memory.
-		machine = slices.DeleteFunc(machine, func(o string) bool { return strings.HasPrefix(o, "mem-share=") })
-		machine = append(machine, "mem-share=on")
+		machineType = slices.DeleteFunc(machineType, func(o string) bool { return strings.HasPrefix(o, "mem-share=") })
+		machineType = append(machineType, "mem-share=on")
 	}
-	add("-machine", strings.Join(machine, ","))
-	add("-qmp", "unix:"+filepath.Join(s.Dir, qmpSocket)+",server,nowait")
+	add("-machine", strings.Join(machineType, ","))
+	add("-qmp", "unix:"+filepath.Join(s.Dir, machine.QMPSocket)+",server,nowait")
 	add("-kernel", s.Kernel)
 	if s.Initrd != "" {
 		add("-initrd", s.Initrd)
 	}
-	add("-append", strings.Join(d.kernelParams(s), " "))
+	add("-append", strings.Join(d.kernelParams(s, rootFSType), " "))
 	add("-smp", fmt.Sprintf("cpus=%d", s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB))
 	// Its log goes to the standard error, whose last lines are the reason of a failed start.
 	add("-D")
@@ -72,36 +76,44 @@ func (d *Driver) commandLine(s vm.Spec) (args []string, files []*os.File) {
 	if d.firmware != "" {
 		add("-drive", "file="+d.firmware+",if=pflash,format=raw,unit=0,readonly=on")
 	}
-	add("-serial", "socket,path="+filepath.Join(s.Dir, consoleSocket)+",server,nowait")
+	add("-serial", "socket,path="+filepath.Join(s.Dir, machine.ConsoleSocket)+",server,nowait")
 
 	add("-object", "rng-random,id=rng0,filename=/dev/urandom")
-	device("virtio-rng", "rng=rng0,id=virtio-rng0")
-	if s.Image != "" {
+	device(rngSlot, "virtio-rng", "rng=rng0,id=virtio-rng0")
+	if s.Vsock == nil {
+		device(serialSlot, "virtio-serial", "id=virtio-serial0")
+		add("-chardev", "socket,id=agent,path="+filepath.Join(s.Dir, machine.AgentSocket)+",server,nowait")
+		// Port 0 is for consoles. StratoVirt's ports have no names.
+		add("-device", "virtserialport,id=agent0,chardev=agent,nr=1")
+	}
+	if rootFSType != "" {
 		// All pods share it: through the page cache, and locked for reading only.
 		add("-drive", "id=rootfs,file="+s.Image+",readonly=on,direct=off")
-		device("virtio-blk", "drive=rootfs,id=blk-0")
+		device(free(), "virtio-blk", "drive=rootfs,id=blk-0")
 	}
-	device("vhost-vsock", fmt.Sprintf("id=vsock-%d,guest-cid=%d,vhostfd=%d", s.Vsock.CID, s.Vsock.CID, inherit(s.Vsock.FD)))
+	if s.Vsock != nil {
+		device(vsockSlot, "vhost-vsock", fmt.Sprintf("id=vsock-%d,guest-cid=%d", s.Vsock.CID, s.Vsock.CID), fmt.Sprintf("vhostfd=%d", inherit(s.Vsock.FD)))
+	}
 	if s.Share.Socket != "" {
 		add("-chardev", "socket,id=virtio-fs,path="+s.Share.Socket)
-		device("vhost-user-fs", "id=vhost-user-fs,chardev=virtio-fs,tag="+protocol.ShareTag)
+		device(free(), "vhost-user-fs", "id=vhost-user-fs,chardev=virtio-fs,tag="+protocol.ShareTag)
 	}
 	if !d.microvm() {
 		add("-global", "pcie-root-port.fast-unplug=1")
 		for i := range rootPorts {
-			slot := free.take()
-			add("-device", fmt.Sprintf("pcie-root-port,id=%s,port=%s,bus=pcie.0,addr=%s", rootPort(i), slot, slot))
+			slot := free()
+			add("-device", fmt.Sprintf("pcie-root-port,id=%s,port=%#x,bus=pcie.0,addr=%#x", rootPort(i), slot, slot))
 		}
 	}
 	for i, n := range s.NICs {
 		add("-netdev", fmt.Sprintf("tap,id=net%d,fd=%d", i, inherit(n.Tap)))
-		device("virtio-net", fmt.Sprintf("netdev=net%d,id=nic%d,mac=%s", i, i, n.MAC))
+		device(free(), "virtio-net", fmt.Sprintf("netdev=net%d,id=nic%d,mac=%s", i, i, n.MAC))
 	}
 	return args, files
 }
 
 // kernelParams returns the driver's parameters and then the caller's, which therefore win.
-func (d *Driver) kernelParams(s vm.Spec) []string {
+func (d *Driver) kernelParams(s vm.Spec, rootFSType string) []string {
 	console := "ttyS0"
 	if d.machineType == "virt" || d.microvm() && runtime.GOARCH == "arm64" {
 		console = "ttyAMA0"
@@ -119,12 +131,14 @@ func (d *Driver) kernelParams(s vm.Spec) []string {
 	if !d.debug {
 		params = append(params, "quiet")
 	}
-	if s.Image != "" {
-		params = append(params, "root=/dev/vda", "ro", "rootfstype=ext4")
+	if rootFSType != "" {
+		params = append(params, "root=/dev/vda", "ro", "rootfstype="+rootFSType)
+	}
+	if s.Vsock == nil {
+		// Its port has no name by which the agent would know it.
+		params = append(params, protocol.ParamTransport+"=serial")
 	}
 	return append(params, s.KernelParams...)
 }
-
-func processName(podID string) string { return "sandbox-" + podID }
 
 func rootPort(i int) string { return fmt.Sprintf("pcie.%d", i+1) }

@@ -10,14 +10,7 @@ import (
 )
 
 // DropMonitor closes the machine's connections to StratoVirt, as the end of its daemon does.
-func DropMonitor(machine vm.Machine) {
-	m := machine.(*Machine)
-	m.mu.Lock()
-	client, console := m.client, m.console
-	m.mu.Unlock()
-	client.Close()
-	console.Close()
-}
+func DropMonitor(m vm.Machine) { m.(*Machine).DropMonitor() }
 
 // AskAgainAfter sets when a guest is asked again to let a disk go, until the test ends.
 func AskAgainAfter(t testing.TB, d time.Duration) {
@@ -35,7 +28,11 @@ func BoundMessagesEvery(t testing.TB, d time.Duration) {
 
 // CommandLine is what Start would execute; descriptors are numbered from 3.
 func CommandLine(d *Driver, s vm.Spec) []string {
-	args, _ := d.commandLine(s)
+	rootFSType := ""
+	if s.Image != "" {
+		rootFSType = "erofs"
+	}
+	args, _ := d.commandLine(s, rootFSType)
 	return args
 }
 

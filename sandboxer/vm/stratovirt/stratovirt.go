@@ -1,8 +1,8 @@
 // Package stratovirt runs virtual machines on StratoVirt 2.2 to 2.5, which needs KVM. It implements the
 // contract of package vm.
 //
-// What differs from QEMU's driver, because the hypervisors do: the guest is reached by vsock only (Spec.Vsock
-// is required) and the share is a virtiofs daemon only (Share.Socket, which must listen before Start);
+// What differs from QEMU's driver, because the hypervisors do: without a vsock the guest is reached only from
+// 2.3 on, and not on microvm; the share is a virtiofs daemon only (Share.Socket, which must listen before Start);
 // StratoVirt binds its sockets itself; a guest that reboots would be booted anew, so a RESET is taken
 // for the end; and what is plugged in is remembered by the driver, in a file beside the sockets, as
 // StratoVirt cannot be asked.
@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -26,7 +27,11 @@ import (
 	"time"
 
 	"kuasar.io/kuasar/sandboxer/vm"
+	"kuasar.io/kuasar/sandboxer/vm/disk"
+	"kuasar.io/kuasar/sandboxer/vm/kvm"
+	"kuasar.io/kuasar/sandboxer/vm/machine"
 	"kuasar.io/kuasar/sandboxer/vm/process"
+	"kuasar.io/kuasar/sandboxer/vm/qmp"
 )
 
 // Config is what a Driver needs to know of the host.
@@ -38,9 +43,17 @@ type Config struct {
 	MachineType string
 	// Firmware is an OVMF_CODE.fd, which q35 cannot boot without; virt may have one, microvm may not.
 	Firmware string
+	// Accelerator is kvm or auto (also when empty): StratoVirt has nothing but KVM. A program that says
+	// "(tcg)" of itself after its version may be given tcg.
+	Accelerator string
+	// BlockDeviceDriver is virtio-blk (also when empty): no version plugs another kind into a running
+	// machine that a container could use.
+	BlockDeviceDriver string
 	// Debug lets the guest kernel talk: without it, the kernel is started with "quiet".
 	Debug bool
 	Log   *slog.Logger
+	// CheckKVM says whether KVM runs guests; nil means kvm.Check.
+	CheckKVM func() error
 }
 
 // version is a release of StratoVirt. They differ in what they accept.
@@ -65,12 +78,13 @@ type Driver struct {
 	log         *slog.Logger
 }
 
-// versionRE is what --version says; the greeting of the monitor says StratoVirt-2.3.0.
-var versionRE = regexp.MustCompile(`(?i)^stratovirt[ -]v?((\d+)\.(\d+)\S*)`)
+// versionRE is what -version says; the greeting of the monitor says StratoVirt-2.3.0.
+var versionRE = regexp.MustCompile(`(?i)^stratovirt[ -]v?((\d+)\.(\d+)\S*)(.*)`)
 
 const versionTimeout = 10 * time.Second
 
-// New finds out what the program at cfg.Path is. Its errors say what to install or to change.
+// New finds out what the program at cfg.Path is and whether KVM works. Its errors say what to install or
+// to change.
 func New(cfg Config) (*Driver, error) {
 	d := &Driver{path: cfg.Path, firmware: cfg.Firmware, debug: cfg.Debug, log: cfg.Log}
 	if d.log == nil {
@@ -86,17 +100,112 @@ func New(cfg Config) (*Driver, error) {
 	if err := d.setMachine(cfg.MachineType); err != nil {
 		return nil, err
 	}
+	switch cfg.BlockDeviceDriver {
+	case "", "virtio-blk":
+	case "virtio-scsi":
+		return nil, errors.New("hypervisor.block_device_driver = \"virtio-scsi\": no StratoVirt plugs a SCSI disk into a running machine; set virtio-blk, or use QEMU")
+	default:
+		return nil, fmt.Errorf("hypervisor.block_device_driver = %q: StratoVirt has virtio-blk", cfg.BlockDeviceDriver)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, d.path, "--version").Output()
+	said, err := Version(ctx, d.path)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.setVersion(said); err != nil {
+		return nil, err
+	}
+	switch cfg.Accelerator {
+	case "", "auto", "kvm":
+		check := cfg.CheckKVM
+		if check == nil {
+			check = kvm.Check
+		}
+		if err := check(); err != nil {
+			return nil, fmt.Errorf("cannot use StratoVirt, which needs KVM: %w; or use QEMU, which can do without: "+
+				"install it and start the daemon with --config /var/lib/kuasar/config_qemu.toml", err)
+		}
+	case "tcg":
+		if !emulates(said) {
+			return nil, fmt.Errorf("hypervisor.accelerator = \"tcg\": %s is StratoVirt %s, which needs KVM; set auto, or use QEMU: "+
+				"install it and start the daemon with --config /var/lib/kuasar/config_qemu.toml", d.path, d.release)
+		}
+	default:
+		return nil, fmt.Errorf("unknown accelerator %q: for StratoVirt it is auto or kvm", cfg.Accelerator)
+	}
+	return d, nil
+}
+
+// emulates says whether a StratoVirt has an emulation where others need KVM.
+func emulates(said string) bool {
+	m := versionRE.FindStringSubmatch(said)
+	return m != nil && strings.Contains(m[4], "(tcg)")
+}
+
+// IsStratoVirt says whether a program that says this of itself is one.
+func IsStratoVirt(said string) bool { return versionRE.MatchString(said) }
+
+// Version asks the program at path what it is, by its option -version (it refuses the usual --version),
+// and if that tells nothing usable by the greeting of its monitor. The answer is as StratoVirt has it,
+// such as "StratoVirt 2.3.0"; the program may be another one.
+func Version(ctx context.Context, path string) (string, error) {
+	cmd := exec.CommandContext(ctx, path, "-version")
+	cmd.WaitDelay = time.Second
+	out, err := cmd.Output()
+	first := firstLine(out)
+	if err == nil && versionRE.MatchString(first) {
+		return first, nil
+	}
+	if said := askMonitor(ctx, path); said != "" {
+		return said, nil
+	}
 	if err != nil {
 		var ee *exec.ExitError
 		if errors.As(err, &ee) && len(ee.Stderr) > 0 {
 			err = fmt.Errorf("%w: %s", err, firstLine(ee.Stderr))
 		}
-		return nil, fmt.Errorf("cannot run %s --version: %w", d.path, err)
+		return "", fmt.Errorf("cannot run %s -version: %w", path, err)
 	}
-	return d, d.setVersion(strings.TrimSpace(string(out)))
+	return first, nil
+}
+
+// greetTimeout bounds the start of a StratoVirt without a machine.
+const greetTimeout = 3 * time.Second
+
+// askMonitor starts a StratoVirt that makes no machine and returns what its monitor's greeting says of it,
+// or "".
+func askMonitor(ctx context.Context, path string) string {
+	dir, err := os.MkdirTemp("", "kuasar-version-")
+	if err != nil {
+		return ""
+	}
+	defer os.RemoveAll(dir)
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	socket := filepath.Join(dir, "qmp")
+	cmd := exec.CommandContext(ctx, path, "-name", "version", "-machine", "none",
+		"-qmp", "unix:"+socket+",server,nowait", "-chardev", "socket,id=x,path="+filepath.Join(dir, "x")+",server,nowait")
+	cmd.WaitDelay = time.Second
+	if cmd.Start() != nil {
+		return ""
+	}
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		cmd.Wait()
+	}()
+	defer func() { cancel(); <-exited }()
+	conn, err := dialWhenBound(ctx, socket, exited)
+	if err != nil {
+		return ""
+	}
+	client, err := qmp.New(ctx, conn, nil)
+	if err != nil {
+		return ""
+	}
+	defer client.Close()
+	return client.Package()
 }
 
 // setVersion understands what StratoVirt says of itself.
@@ -162,13 +271,16 @@ func (d *Driver) Name() string { return fmt.Sprintf("StratoVirt %s (%s)", d.rele
 
 // Create checks a spec; see vm.Driver.
 func (d *Driver) Create(spec vm.Spec) (vm.Machine, error) {
-	if err := d.checkSpec(spec); err != nil {
+	m := newMachine(d, spec)
+	err := d.checkSpec(spec)
+	if err == nil && spec.Image != "" {
+		m.rootFSType, err = disk.Filesystem(spec.Image)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("cannot make a virtual machine for pod %s: %w", spec.PodID, err)
 	}
-	return newMachine(d, spec), nil
+	return m, nil
 }
-
-var podIDRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 
 // What StratoVirt takes.
 const (
@@ -176,29 +288,25 @@ const (
 	minMemory     = 128       // MiB
 	maxMemory     = 512 << 10 // MiB
 	maxParamValue = 255       // bytes of one kernel parameter's value
-	maxSocketPath = 107       // Linux's
 	maxNICs       = 8
-	maxMMIONICs   = 4 // of the 11 interrupts that microvm has for devices on x86_64
+	maxMMIONICs   = 2 // microvm's replaceable ones, and there are no others
 )
 
 func (d *Driver) checkSpec(s vm.Spec) error {
 	switch {
-	case !podIDRE.MatchString(s.PodID):
-		return errors.New("the pod's id is not one")
 	case s.VCPUs < 1 || s.VCPUs > maxVCPUs:
 		return fmt.Errorf("%d virtual CPUs; it must be 1 to %d", s.VCPUs, maxVCPUs)
 	case s.MemoryMiB < minMemory || s.MemoryMiB > maxMemory:
 		return fmt.Errorf("%d MiB of memory; it must be %d to %d", s.MemoryMiB, minMemory, maxMemory)
-	case s.Kernel == "":
-		return errors.New("no kernel is configured (hypervisor.kernel_path)")
-	case (s.Initrd == "") == (s.Image == ""):
+	case s.Initrd != "" && s.Image != "":
 		return errors.New("either an initrd or an image must be configured (hypervisor.initrd_path, hypervisor.image_path)")
-	case s.Vsock == nil:
-		return errors.New("StratoVirt's guests are reached by vsock only; load the module vhost_vsock on this host, or use QEMU")
-	case s.Vsock.CID < 3 || s.Vsock.CID == 1<<32-1 || s.Vsock.FD == nil:
-		return errors.New("a vsock without a context id or its descriptor")
 	case s.Share.Socket == "" && s.Share.Dir != "":
 		return errors.New("StratoVirt shares directories by a virtiofs daemon only; install virtiofsd and set hypervisor.virtiofsd_conf.path, or use QEMU")
+	}
+	if s.Vsock == nil {
+		if err := d.CheckSerial(); err != nil {
+			return err
+		}
 	}
 	for what, path := range map[string]string{
 		"the state directory (--dir)":         s.Dir,
@@ -213,11 +321,6 @@ func (d *Driver) checkSpec(s vm.Spec) error {
 			}
 		}
 	}
-	for _, socket := range []string{filepath.Join(s.Dir, consoleSocket), s.Share.Socket} {
-		if len(socket) > maxSocketPath {
-			return fmt.Errorf("the path %s is longer than the %d bytes of a Unix socket's address; use a shorter --dir", socket, maxSocketPath)
-		}
-	}
 	limit := maxNICs
 	if d.microvm() {
 		limit = maxMMIONICs
@@ -225,20 +328,20 @@ func (d *Driver) checkSpec(s vm.Spec) error {
 	if len(s.NICs) > limit {
 		return fmt.Errorf("%d network interfaces; %s has room for %d", len(s.NICs), d.machineType, limit)
 	}
-	for i, n := range s.NICs {
-		if n.Tap == nil || len(n.MAC) != 6 {
-			return fmt.Errorf("network interface %d lacks its tap or its MAC", i)
-		}
-	}
 	for _, p := range s.KernelParams {
-		if strings.ContainsAny(p, "\n\x00") {
-			return fmt.Errorf("the kernel parameter %q has a line break", p)
-		}
 		for _, word := range strings.Fields(p) {
 			if _, value, _ := strings.Cut(word, "="); len(value) > maxParamValue {
 				return fmt.Errorf("the value of the kernel parameter %.40q is longer than %d bytes", word, maxParamValue)
 			}
 		}
+	}
+	return machine.CheckSpec(s)
+}
+
+// CheckSerial says whether guests can be reached where the host has no vsock, by a virtio-serial port.
+func (d *Driver) CheckSerial() error {
+	if d.microvm() || !d.version.atLeast(2, 3) {
+		return fmt.Errorf("the guests of StratoVirt %s (%s) are reached by vsock only; load the module vhost_vsock on this host, or use QEMU", d.release, d.machineType)
 	}
 	return nil
 }

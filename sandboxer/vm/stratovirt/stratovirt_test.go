@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -26,6 +27,9 @@ func TestMain(m *testing.M) {
 }
 
 var versions = []string{"2.2.0", "2.3.0", "2.4.0", "2.5.0"}
+
+// works is a KVM that does.
+func works() error { return nil }
 
 func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
 
@@ -48,7 +52,7 @@ func emptyFile(t *testing.T, name string) string {
 
 func newDriver(t *testing.T, version, machine string, b vmtest.Behaviour) *stratovirt.Driver {
 	t.Helper()
-	cfg := stratovirt.Config{Path: vmtest.StratoVirtStandIn(t, version, b), MachineType: machine, Log: quiet()}
+	cfg := stratovirt.Config{Path: vmtest.StratoVirtStandIn(t, version, b), MachineType: machine, Log: quiet(), CheckKVM: works}
 	if strings.HasPrefix(machine, "q35") {
 		cfg.Firmware = emptyFile(t, "OVMF_CODE.fd")
 	}
@@ -57,6 +61,18 @@ func newDriver(t *testing.T, version, machine string, b vmtest.Behaviour) *strat
 		t.Fatal(err)
 	}
 	return d
+}
+
+// erofs is an image with nothing but what tells what it is.
+func erofs(t *testing.T) string {
+	t.Helper()
+	b := make([]byte, 4096)
+	copy(b[1024:], "\xe2\xe1\xf5\xe0")
+	path := emptyFile(t, "kuasar.img")
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // descriptor is some file that can be handed over.
@@ -154,6 +170,9 @@ func TestNewRefuses(t *testing.T) {
 				c.config.Path = vmtest.StratoVirtStandIn(t, "2.3.0", vmtest.Behaviour{Version: c.version})
 			}
 			c.config.Log = quiet()
+			if c.config.CheckKVM == nil {
+				c.config.CheckKVM = works
+			}
 			if _, err := stratovirt.New(c.config); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Fatalf("got %v", err)
 			}
@@ -171,7 +190,7 @@ func TestCreateRefuses(t *testing.T) {
 		"no kernel":       func(s *vm.Spec) { s.Kernel = "" },
 		"no initrd":       func(s *vm.Spec) { s.Initrd = "" },
 		"both":            func(s *vm.Spec) { s.Image = s.Initrd },
-		"no vsock":        func(s *vm.Spec) { s.Vsock = nil },
+		"unknown image":   func(s *vm.Spec) { s.Image, s.Initrd = s.Initrd, "" },
 		"no daemon":       func(s *vm.Spec) { s.Share.Socket = "" },
 		"relative kernel": func(s *vm.Spec) { s.Kernel = "-kernel" },
 		"equals in a dir": func(s *vm.Spec) { s.Dir = "/run/a=b" },
@@ -199,7 +218,7 @@ func TestStartAndStop(t *testing.T) {
 					spec := fullSpec(t)
 					spec.MemoryPrealloc = image
 					if image {
-						spec.Image, spec.Initrd = spec.Initrd, ""
+						spec.Image, spec.Initrd = erofs(t), ""
 					}
 					d, m := start(t, version, machine, vmtest.Behaviour{Console: "booting\r\nready\r\n"}, spec)
 					if d.Name() != "StratoVirt "+version+" ("+kind+")" {
@@ -251,9 +270,9 @@ func TestCommandLine(t *testing.T) {
 	args := strings.Join(stratovirt.CommandLine(newDriver(t, "2.3.0", "virt", vmtest.Behaviour{}), fullSpec(t)), " ")
 	for _, want := range []string{
 		"-name sandbox-pod-1 -machine virt,mem-share=on ",
-		" -device vhost-vsock-pci,id=vsock-1234,guest-cid=1234,vhostfd=3,bus=pcie.0,addr=0x2 ",
-		",tag=kuasar,bus=pcie.0,addr=0x3 ",
-		" -device pcie-root-port,id=pcie.1,port=0x4,bus=pcie.0,addr=0x4 ",
+		" -device vhost-vsock-pci,id=vsock-1234,guest-cid=1234,bus=pcie.0,addr=0x3,vhostfd=3 ",
+		",tag=kuasar,bus=pcie.0,addr=0x4 ",
+		" -device pcie-root-port,id=pcie.1,port=0x5,bus=pcie.0,addr=0x5 ",
 		" -netdev tap,id=net1,fd=5 ",
 	} {
 		if !strings.Contains(args, want) {
@@ -284,8 +303,8 @@ func TestStandInRefuses(t *testing.T) {
 	for old, replacement := range map[string]string{
 		",server,nowait":       ",server=on,wait=off",
 		"mem-share=on":         "mem-share=off",
-		"addr=0x2":             "addr=0x0",
-		"addr=0x3":             "addr=0x2",
+		"addr=0x3":             "addr=0x0",
+		"addr=0x4":             "addr=0x3",
 		"fd=5":                 "fd=4",
 		"bus=pcie.0,addr=0x1":  "bus=pcie.0",
 		"guest-cid=1234":       "guest-cid=2",
@@ -355,6 +374,12 @@ func TestFailedStart(t *testing.T) {
 		limit     time.Duration
 		want      string
 	}{
+		"no monitor":     {behaviour: vmtest.Behaviour{FailAt: "monitor"}, want: "failed at monitor, as told"},
+		"no devices":     {behaviour: vmtest.Behaviour{FailAt: "realize"}, want: "failed at realize, as told"},
+		"does not serve": {behaviour: vmtest.Behaviour{FailAt: "run"}, want: "failed at run, as told"},
+		"greets oddly":   {behaviour: vmtest.Behaviour{Greeting: "HTTP/1.1 400 Bad Request\r\n"}, limit: 10 * time.Second, want: "did not greet"},
+		"answers oddly":  {behaviour: vmtest.Behaviour{GarbageOn: "query-status"}, limit: 10 * time.Second, want: "the connection to the monitor is lost"},
+		"answers never":  {behaviour: vmtest.Behaviour{Greeting: `{"QMP":{"version":{},"capabilities":[]}}` + "\r\n" + `{"event":"STOP"}` + "\r\n", GarbageOn: "qmp_capabilities"}, limit: 10 * time.Second, want: "connection to the monitor is lost"},
 		"exits at once":  {behaviour: vmtest.Behaviour{Exit: 3, Stderr: "no KVM\n"}, want: "exited with status 3: no KVM"},
 		"says nothing":   {behaviour: vmtest.Behaviour{Exit: 1}, want: "exited with status 1"},
 		"lacks vsock":    {version: "2.5.0", behaviour: vmtest.Behaviour{Exit: 1, Stderr: "unsupported device: vhost-vsock-pci\n"}, want: "built with its features vhost_vsock"},
@@ -607,4 +632,107 @@ func TestMessagesAreBounded(t *testing.T) {
 			t.Fatalf("%d bytes are kept", fi.Size())
 		}
 	}
+}
+
+// TestVersionIsAskedAsItAnswers: StratoVirt refuses the usual --version, and one whose -version tells
+// nothing is asked by its monitor.
+func TestVersionIsAskedAsItAnswers(t *testing.T) {
+	for _, version := range versions {
+		path := vmtest.StratoVirtStandIn(t, version, vmtest.Behaviour{Version: "unknown"})
+		if err := exec.Command(path, "--version").Run(); err == nil {
+			t.Error("the stand-in takes --version")
+		}
+		said, err := stratovirt.Version(deadline(t, 10*time.Second), path)
+		if err != nil || said != "StratoVirt-"+version {
+			t.Errorf("%s: %q, %v", version, said, err)
+		}
+		d, err := stratovirt.New(stratovirt.Config{Path: path, MachineType: "virt", CheckKVM: works, Log: quiet()})
+		if err != nil || d.Name() != "StratoVirt "+version+" (virt)" {
+			t.Errorf("%s: %v, %v", version, d, err)
+		}
+	}
+	// Neither tells: the error has what it said.
+	mute := vmtest.StratoVirtStandIn(t, "2.3.0", vmtest.Behaviour{Version: "unknown", Greeting: "hello\r\n"})
+	if _, err := stratovirt.New(stratovirt.Config{Path: mute, MachineType: "virt", CheckKVM: works, Log: quiet()}); err == nil || !strings.Contains(err.Error(), `"unknown"`) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestAccelerator(t *testing.T) {
+	broken := func() error { return errors.New("no KVM here") }
+	real := vmtest.StratoVirtStandIn(t, "2.4.0", vmtest.Behaviour{})
+	emulated := vmtest.StratoVirtStandIn(t, "2.4.0", vmtest.Behaviour{Version: "StratoVirt 2.4.0 on QEMU (tcg)"})
+	for name, c := range map[string]struct {
+		path, accelerator, fail string
+		check                   func() error
+	}{
+		"KVM that works":       {real, "auto", "", works},
+		"KVM that does not":    {real, "auto", "config_qemu.toml", broken},
+		"asked for":            {real, "kvm", "no KVM here", broken},
+		"no emulation":         {real, "tcg", "needs KVM", works},
+		"emulation":            {emulated, "tcg", "", broken},
+		"emulation not wanted": {emulated, "auto", "no KVM here", broken},
+		"something else":       {real, "hvf", "unknown accelerator", works},
+	} {
+		_, err := stratovirt.New(stratovirt.Config{Path: c.path, MachineType: "virt", Accelerator: c.accelerator, CheckKVM: c.check, Log: quiet()})
+		if c.fail == "" && err != nil || c.fail != "" && (err == nil || !strings.Contains(err.Error(), c.fail)) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestSerialTransport: on a host without vsock the agent is reached through a port, where the version and
+// the machine have one.
+func TestSerialTransport(t *testing.T) {
+	for _, version := range versions {
+		for _, machine := range []string{"virt", "q35", "microvm"} {
+			spec := fullSpec(t)
+			spec.Vsock = nil
+			d := newDriver(t, version, machine, vmtest.Behaviour{Agent: true})
+			m, err := d.Create(spec)
+			if version == "2.2.0" || machine == "microvm" {
+				if err == nil || !strings.Contains(err.Error(), "vhost_vsock") {
+					t.Errorf("%s %s: %v", version, machine, err)
+				}
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Start(deadline(t, 20*time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			if e := m.Endpoint(); e != (vm.Endpoint{SerialSocket: filepath.Join(spec.Dir, "agent.sock")}) {
+				t.Errorf("%+v", e)
+			}
+			conn, err := net.Dial("unix", m.Endpoint().SerialSocket)
+			if err != nil {
+				t.Error(err)
+			} else {
+				conn.Close()
+			}
+			if err := m.Stop(deadline(t, 10*time.Second)); err != nil {
+				t.Error(err)
+			}
+			onlyLog(t, spec)
+			args := strings.Join(stratovirt.CommandLine(d, spec), " ")
+			if !strings.Contains(args, "task.transport=serial") || !strings.Contains(args, "nr=1") {
+				t.Errorf("the guest is not told: %s", args)
+			}
+		}
+	}
+}
+
+// TestMonitorAnswersGarbage: a hypervisor that goes mad under a running pod is an error, and can be stopped.
+func TestMonitorAnswersGarbage(t *testing.T) {
+	spec := fullSpec(t)
+	_, m := start(t, "2.3.0", "virt", vmtest.Behaviour{GarbageOn: "device_add"}, spec)
+	err := m.AttachDisk(deadline(t, 10*time.Second), vm.Disk{Path: spec.Kernel, Serial: "x"})
+	if err == nil || !strings.Contains(err.Error(), "monitor is lost") {
+		t.Errorf("got %v", err)
+	}
+	if err := m.Stop(deadline(t, 10*time.Second)); err != nil {
+		t.Error(err)
+	}
+	onlyLog(t, spec)
 }

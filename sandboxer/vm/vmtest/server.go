@@ -13,10 +13,14 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // maxRequest is the longest request that the server takes, in bytes; StratoVirt's limit.
 const maxRequest = 8192
+
+// maxPerSecond is how many requests StratoVirt takes in a second.
+const maxPerSecond = 100
 
 // Refusal is an error answer of a Handler. Any other error is sent as a GenericError.
 type Refusal struct{ Class, Desc string }
@@ -32,6 +36,10 @@ type Handler func(args json.RawMessage, file *os.File) (any, error)
 type Server struct {
 	// Silent makes the server accept connections and never greet.
 	Silent bool
+	// Greeting is sent instead of one, if it is not nil.
+	Greeting []byte
+	// GarbageOn is a command that is answered with what is no JSON.
+	GarbageOn string
 	// Commands are what it knows beside qmp_capabilities. Set them before Serve.
 	Commands map[string]Handler
 	// StratoVirt is the version of StratoVirt whose greeting it has, and who does not name the id of a
@@ -115,19 +123,35 @@ func (s *Server) serve(conn *net.UnixConn) {
 	if s.StratoVirt != "" {
 		release, name, capabilities = map[string]int{"micro": 1, "minor": 0, "major": 5}, "StratoVirt-"+s.StratoVirt, []string{}
 	}
-	s.send(map[string]any{"QMP": map[string]any{
-		"version":      map[string]any{"qemu": release, "package": name},
-		"capabilities": capabilities,
-	}})
+	if s.Greeting != nil {
+		s.Raw(s.Greeting)
+	} else {
+		s.send(map[string]any{"QMP": map[string]any{
+			"version":      map[string]any{"qemu": release, "package": name},
+			"capabilities": capabilities,
+		}})
+	}
 	buf := make([]byte, maxRequest+1)
 	oob := make([]byte, syscall.CmsgSpace(4*8))
 	count := 0
+	var second time.Time // in which there were requests, and how many
+	requests := 0
 	for {
 		n, oobn, _, _, err := conn.ReadMsgUnix(buf, oob)
 		if err != nil || n == 0 {
 			return
 		}
 		file := receivedFile(oob[:oobn])
+		if now := time.Now(); now.Sub(second) >= time.Second {
+			second, requests = now, 0
+		}
+		if requests++; s.StratoVirt != "" && requests > maxPerSecond {
+			s.send(refusal(nil, &Refusal{"OperationThrottled", "more than 100 requests in a second"}))
+			if file != nil {
+				file.Close()
+			}
+			continue
+		}
 		req, err := parseRequest(buf[:n])
 		if err != nil {
 			// Without the id, as StratoVirt.
@@ -148,6 +172,10 @@ func (s *Server) serve(conn *net.UnixConn) {
 }
 
 func (s *Server) answer(req *request, file *os.File) {
+	if req.Execute == s.GarbageOn {
+		s.Raw([]byte("\x00\xff{{{ garbage\r\n"))
+		return
+	}
 	s.mu.Lock()
 	s.executed = append(s.executed, req.Execute)
 	s.mu.Unlock()

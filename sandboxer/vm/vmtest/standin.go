@@ -22,8 +22,10 @@ import (
 
 // Behaviour is what a stand-in does beside what QEMU would do. The zero value behaves.
 type Behaviour struct {
-	// Version is the first line of --version; empty means a plausible one.
+	// Version is the first line of --version (StratoVirt's: -version); empty means a plausible one.
 	Version string
+	// Release is that of a StratoVirt, whatever it says of itself; StratoVirtStandIn sets it.
+	Release string
 	// Stderr is said at the start; with Exit set, the program then ends with that status.
 	Stderr string
 	Exit   int
@@ -47,6 +49,13 @@ type Behaviour struct {
 	Refuse string
 	// ResetOn is a command during which the guest of a StratoVirt reboots.
 	ResetOn string
+	// FailAt makes a StratoVirt end with an error where it stands for its start: before it binds the
+	// monitor ("monitor"), with the monitor bound ("realize"), with all bound and nobody greeted ("run").
+	FailAt string
+	// Greeting is what the monitor says instead of a greeting, if it is not empty.
+	Greeting string
+	// GarbageOn is a command that is answered with what is no JSON.
+	GarbageOn string
 }
 
 const behaviourFile = "behaviour.json"
@@ -110,7 +119,7 @@ func runStandIn(args []string) error {
 	if err != nil {
 		return err
 	}
-	if len(args) == 1 && args[0] == "--version" {
+	if len(args) == 1 && (args[0] == "--version" || args[0] == "-version") {
 		if b.Version == "" {
 			b.Version = "QEMU emulator version 7.2.22 (stand-in)"
 		}
@@ -212,10 +221,19 @@ func (s *standIn) run() error {
 		DieAfter: s.behaviour.DieAfter,
 		OnDie:    func() { syscall.Kill(os.Getpid(), syscall.SIGKILL) },
 		Commands: s.commands(end),
+
+		Greeting: greeting(s.behaviour), GarbageOn: s.behaviour.GarbageOn,
 	}
 	go s.server.Serve(l)
 	<-end
 	return nil
+}
+
+func greeting(b Behaviour) []byte {
+	if b.Greeting == "" {
+		return nil
+	}
+	return []byte(b.Greeting)
 }
 
 func listener(fd int) (*net.UnixListener, error) {

@@ -29,6 +29,7 @@ func StratoVirtStandIn(t testing.TB, version string, b Behaviour) string {
 	if b.Version == "" {
 		b.Version = "StratoVirt " + version
 	}
+	b.Release = version
 	return standInNamed(t, stratoVirtProgram, b)
 }
 
@@ -50,6 +51,8 @@ type StratoVirtLine struct {
 	Machine string
 	// QMP and Console are the paths of the sockets that it binds.
 	QMP, Console string
+	// Agent is the path of the socket of the virtio-serial port, which it binds as well, or "".
+	Agent string
 	// Share is the socket of a virtiofs daemon that it connects to, or "".
 	Share string
 	// RootPorts are the ids of the slots for hot-plugged devices.
@@ -66,6 +69,9 @@ type StratoVirtLine struct {
 	defined  map[string]map[string]string // "chardev:x", "netdev:x", "drive:x", "object:x"
 	consumed map[string]bool
 	share    bool // the machine's memory
+	serial   bool // there is a virtio-serial device
+	blocks   int  // virtio-blk devices
+	nets     int  // virtio-net devices
 }
 
 var (
@@ -83,6 +89,7 @@ var stratoDevices = map[string][]string{
 	"virtio-net":    {"id", "netdev", "mac", "mq", "queue-size", "vectors", "iothread"},
 	"vhost-vsock":   {"id", "guest-cid", "vhostfd"},
 	"vhost-user-fs": {"id", "chardev", "tag"},
+	"virtio-serial": {"id", "max_ports"},
 }
 
 // ParseStratoVirt understands a command line as the release does. It makes nothing and connects
@@ -197,6 +204,9 @@ func (l *StratoVirtLine) option(name string) error {
 			return err
 		}
 		l.Machine, l.share = kv["type"], kv["mem-share"] == "on"
+		if l.Machine == "none" {
+			return only(kv)
+		}
 		if l.Machine == "q35" {
 			l.slots[0x1f] = true // the LPC bridge
 		}
@@ -205,6 +215,9 @@ func (l *StratoVirtLine) option(name string) error {
 		}
 		return only(kv, "accel", "usb", "dump-guest-core", "mem-share", "gic-version")
 	case "m":
+		if l.Machine == "none" {
+			return nil
+		}
 		m := memoryRE.FindStringSubmatch(value)
 		if m == nil {
 			return errors.New("not a size")
@@ -217,12 +230,15 @@ func (l *StratoVirtLine) option(name string) error {
 			return errors.New("must be 128 MiB to 512 GiB")
 		}
 	case "smp":
+		if l.Machine == "none" {
+			return nil
+		}
 		n, err := strconv.Atoi(strings.TrimPrefix(value, "cpus="))
 		if err != nil || n < 1 || n > 254 {
 			return errors.New("must be 1 to 254")
 		}
 	case "kernel", "initrd":
-		if !given && name == "initrd" {
+		if !given && (name == "initrd" || l.Machine == "none") {
 			return nil
 		}
 		_, err := os.Stat(value)
@@ -234,10 +250,13 @@ func (l *StratoVirtLine) option(name string) error {
 			}
 		}
 	case "name":
-		if !strings.HasPrefix(value, "sandbox-") || len(value) > 255 {
+		if !strings.HasPrefix(value, "sandbox-") && l.Machine != "none" || len(value) > 255 {
 			return errors.New("not a pod's")
 		}
 	case "serial":
+		if l.Machine == "none" {
+			return nil
+		}
 		kv, err := l.server(value)
 		if err != nil {
 			return err
@@ -330,7 +349,12 @@ func (l *StratoVirtLine) add(option string, kv map[string]string) error {
 		if kv["type"] != "socket" || len(kv["path"]) > 108 {
 			return errors.New("not a socket")
 		}
-		return define("id", "path")
+		for _, flag := range []string{"server", "nowait"} {
+			if v, ok := kv[flag]; ok && v != "" {
+				return fmt.Errorf("%s is a bare flag", flag)
+			}
+		}
+		return define("id", "path", "server", "nowait")
 	}
 	return l.device(kv)
 }
@@ -354,6 +378,9 @@ func (l *StratoVirtLine) device(kv map[string]string) error {
 			return err
 		}
 		return only(kv, "id", "port", "bus", "addr", "chassis")
+	}
+	if kv["type"] == "virtserialport" {
+		return l.port(kv)
 	}
 	suffix := "-pci"
 	if micro {
@@ -384,7 +411,19 @@ func (l *StratoVirtLine) device(kv map[string]string) error {
 		l.consumed[key] = true
 	}
 	switch kind {
+	case "virtio-blk":
+		if l.blocks++; micro && l.blocks > 4 {
+			return errors.New("a maximum of 4 block replaceable devices is supported")
+		}
+	case "virtio-serial":
+		if l.serial {
+			return errors.New("only one virtio-serial device is supported")
+		}
+		l.serial = true
 	case "virtio-net":
+		if l.nets++; micro && l.nets > 2 {
+			return errors.New("a maximum of 2 net replaceable devices is supported")
+		}
 		if _, err := net.ParseMAC(kv["mac"]); err != nil || len(kv["mac"]) != 17 {
 			return fmt.Errorf("not a MAC: %w", err)
 		}
@@ -407,6 +446,31 @@ func (l *StratoVirtLine) device(kv map[string]string) error {
 	}
 	l.Devices = append(l.Devices, kv)
 	return nil
+}
+
+// port makes a port of the virtio-serial device.
+func (l *StratoVirtLine) port(kv map[string]string) error {
+	if l.Release.before(3) {
+		return errors.New("unsupported device: virtserialport")
+	}
+	key := "chardev:" + kv["chardev"]
+	backend := l.defined[key]
+	nr, err := strconv.Atoi(kv["nr"])
+	switch {
+	case !l.serial:
+		return errors.New("no virtio-serial device is specified")
+	case backend == nil || l.consumed[key]:
+		return fmt.Errorf("%s is not there or in use", key)
+	case l.Machine == "microvm" || err != nil || nr < 1 || nr > 30:
+		return errors.New("no port of that number")
+	}
+	for _, flag := range []string{"server", "nowait"} {
+		if _, ok := backend[flag]; !ok {
+			return fmt.Errorf("the bare flag %q is missing", flag)
+		}
+	}
+	l.consumed[key], l.Agent = true, backend["path"]
+	return only(kv, "id", "chardev", "nr")
 }
 
 // slot takes a slot of pcie.0.
@@ -452,11 +516,15 @@ func runStratoVirt(args []string) error {
 	if err != nil {
 		return err
 	}
+	// A word with two hyphens is an option only with an equals sign.
 	if len(args) == 1 && args[0] == "--version" {
+		return errors.New("found argument '--version' which wasn't expected, or isn't valid in this context")
+	}
+	if len(args) == 1 && (args[0] == "-version" || args[0] == "-V") {
 		fmt.Println(b.Version)
 		return nil
 	}
-	release, err := ParseRelease(b.Version)
+	release, err := ParseRelease(b.Release)
 	if err != nil {
 		return err
 	}
@@ -494,12 +562,27 @@ type strato struct {
 }
 
 func (s *strato) run() error {
+	fail := func(at string) error {
+		if s.behaviour.FailAt == at {
+			return fmt.Errorf("failed at %s, as told", at)
+		}
+		return nil
+	}
+	if err := fail("monitor"); err != nil {
+		return err
+	}
 	// The monitor listens before anything else is there.
 	monitor, err := s.bind(s.line.QMP, !s.line.Release.before(3))
 	if err != nil {
 		return err
 	}
 	defer os.Remove(s.line.QMP)
+	if s.line.Machine == "none" {
+		return (&Server{StratoVirt: s.behaviour.Release, Silent: s.behaviour.Silent, Greeting: greeting(s.behaviour)}).Serve(monitor)
+	}
+	if err := fail("realize"); err != nil {
+		return err
+	}
 	if s.line.Share != "" {
 		conn, err := net.Dial("unix", s.line.Share)
 		if err != nil {
@@ -512,13 +595,26 @@ func (s *strato) run() error {
 		return err
 	}
 	defer os.Remove(s.line.Console)
+	if s.line.Agent != "" {
+		agent, err := s.bind(s.line.Agent, true)
+		if err != nil {
+			return err
+		}
+		defer os.Remove(s.line.Agent)
+		go (&standIn{behaviour: s.behaviour}).serveAgent(agent)
+	}
+	if err := fail("run"); err != nil {
+		return err
+	}
 	end := make(chan struct{})
 	s.end = sync.OnceFunc(func() { close(end) })
 	said := make(chan struct{})
 	go s.serveConsole(console, said)
 	s.server = &Server{
 		Silent:     s.behaviour.Silent,
-		StratoVirt: strings.TrimPrefix(s.behaviour.Version, "StratoVirt "),
+		StratoVirt: s.behaviour.Release,
+		Greeting:   greeting(s.behaviour),
+		GarbageOn:  s.behaviour.GarbageOn,
 		DieAfter:   s.behaviour.DieAfter,
 		OnDie:      func() { syscall.Kill(os.Getpid(), syscall.SIGKILL) },
 		Commands:   s.commands(),
