@@ -45,6 +45,7 @@ func Test(ctx context.Context, tree build.Tree) error {
 		{"unit tests of " + console, func() error { return run(ctx, tree, console, race, "test", "-race", "./...") }},
 		{"checks of the source", func() error { return lint.Run(ctx, cmp.Or(tree.Root, "."), os.Stdout) }},
 		{"builds", func() error { return prepare(ctx, tree) }},
+		{"root images", func() error { return errors.Join(tree.Image(ctx, "erofs"), tree.Image(ctx, "ext4")) }},
 		{"checks of the package", func() error { return release.Check(ctx, tree, os.Stdout) }},
 		{"builds for aarch64, to be emulated", func() error { return prepareEmulated(ctx, tree, os.Stdout) }},
 		{"repositories of packages", func() error {
