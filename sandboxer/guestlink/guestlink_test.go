@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"kuasar.io/kuasar/guest/protocol"
@@ -351,6 +352,45 @@ func TestVsockCallsReachTheirLink(t *testing.T) {
 	<-x.closed // with the last link
 }
 
+// The last pod's link closes the listener; the next one's opens it again, unless somebody else took
+// the port meanwhile.
+func TestVsockListensAgain(t *testing.T) {
+	var listening []*exchange
+	var err error
+	board := &switchboard{listen: func() (net.Listener, error) {
+		if err != nil {
+			return nil, os.NewSyscallError("bind", err)
+		}
+		listening = append(listening, &exchange{conns: make(chan net.Conn), closed: make(chan struct{})})
+		return listening[len(listening)-1], nil
+	}}
+	for i := range 2 {
+		l := newVsockLink(5, board)
+		if err := board.add(l, quiet()); err != nil {
+			t.Fatal(err)
+		}
+		conn := listening[i].call(5)
+		protocol.WriteMessage(conn, &protocol.Hello{ProtocolVersion: 1})
+		if _, err := l.Hello(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for errno, want := range map[unix.Errno]string{
+		unix.EADDRINUSE: "a second vmm-sandboxer", unix.EADDRNOTAVAIL: "modprobe vhost_vsock", unix.EPERM: "vsock port 1027: bind",
+	} {
+		err = errno
+		if aerr := board.add(newVsockLink(5, board), quiet()); !errors.Is(aerr, errno) || !strings.Contains(aerr.Error(), want) {
+			t.Errorf("got %v, want %q", aerr, want)
+		}
+	}
+	if len(board.links) > 0 {
+		t.Errorf("links without a listener: %v", board.links)
+	}
+}
+
 func TestVsockHostileHello(t *testing.T) {
 	x, links := vsockPair(t, 5, 6)
 	defer links[1].Close()
@@ -376,8 +416,9 @@ func TestVsockRestoredAsksForTheHello(t *testing.T) {
 	defer l.Close()
 	attempts := 0 // only ask dials
 	l.dial = func(_ context.Context, cid, port uint32) (net.Conn, error) {
-		if attempts++; attempts == 1 {
-			return nil, errors.New("connection reset")
+		// What the kernel says of a guest that is gone, that does not listen, and that does not answer.
+		if attempts++; attempts <= 3 {
+			return nil, os.NewSyscallError("connect", []unix.Errno{unix.ENODEV, unix.ECONNRESET, unix.ETIMEDOUT}[attempts-1])
 		}
 		if cid != 5 || port != protocol.PortHello {
 			return nil, errors.New("wrong address")

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/guest/protocol"
 )
@@ -149,7 +150,7 @@ func (b *switchboard) add(l *vsockLink, log *slog.Logger) error {
 	if b.listener == nil {
 		listener, err := b.listen()
 		if err != nil {
-			return fmt.Errorf("cannot listen for guests on vsock port %d: %w", protocol.PortHello, err)
+			return listenError(err)
 		}
 		b.listener = listener
 		go b.serve(listener, log)
@@ -159,6 +160,18 @@ func (b *switchboard) add(l *vsockLink, log *slog.Logger) error {
 	}
 	b.links[l.cid] = l
 	return nil
+}
+
+// listenError says what mends err.
+func listenError(err error) error {
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		err = fmt.Errorf("another program of this node does, such as a second vmm-sandboxer, and guests call this port only: "+
+			"stop it (ss --vsock --listening --processes names it): %w", err)
+	case errors.Is(err, unix.EADDRNOTAVAIL), errors.Is(err, unix.ENODEV), errors.Is(err, unix.EAFNOSUPPORT):
+		err = fmt.Errorf("the host's kernel does not speak vsock with guests (modprobe vhost_vsock): %w", err)
+	}
+	return fmt.Errorf("cannot listen for guests on vsock port %d: %w", protocol.PortHello, err)
 }
 
 func (b *switchboard) remove(l *vsockLink) error {

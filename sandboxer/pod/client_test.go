@@ -2,10 +2,13 @@ package pod
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/guest/protocol"
 )
@@ -78,6 +81,30 @@ func TestTaskAddress(t *testing.T) {
 				t.Errorf("another daemon told the containers of %s, %q, direct: %v", c.Address, c.Client, c.Direct)
 			}
 		})
+	}
+}
+
+func TestClaimVsock(t *testing.T) {
+	tried := map[uint32]bool{}
+	cid, err := claim(func(cid uint32) error {
+		tried[cid] = true
+		if cid < 3 || cid >= 1<<31 {
+			t.Errorf("%d is no guest's", cid)
+		}
+		if len(tried) < 3 {
+			return unix.EADDRINUSE
+		}
+		return nil
+	})
+	if err != nil || !tried[cid] || len(tried) != 3 {
+		t.Errorf("got %d, %v, after %v", cid, err, tried)
+	}
+	calls := 0
+	if _, err := claim(func(uint32) error { calls++; return unix.EADDRINUSE }); err == nil || calls != claims {
+		t.Errorf("all taken: %v after %d attempts", err, calls)
+	}
+	if _, err := claim(func(uint32) error { return unix.EPERM }); !errors.Is(err, unix.EPERM) {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -3,15 +3,18 @@ package pod
 import (
 	"context"
 	"errors"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/container"
+	"kuasar.io/kuasar/sandboxer/guestlink"
 )
 
 func TestAnnouncements(t *testing.T) {
@@ -123,6 +126,39 @@ func TestWithdrawWithoutContainers(t *testing.T) {
 	}
 	if got, err := m.Announced("a"); err != nil || got == nil || len(got) > 0 {
 		t.Errorf("announced: %v, %v", got, err)
+	}
+}
+
+// deafLink is the vsock of a guest whose agent is gone: the transport does not notice.
+type deafLink struct {
+	guestlink.Link
+	near net.Conn
+}
+
+func (l *deafLink) Dial(context.Context, uint32) (net.Conn, error) {
+	if near := l.near; near != nil {
+		l.near = nil
+		return near, nil
+	}
+	return nil, unix.ENODEV
+}
+
+func (*deafLink) Broken() <-chan struct{} { return nil }
+
+func TestDialOfAGuestThatIsGone(t *testing.T) {
+	near, far := net.Pipe()
+	lost := make(chan error, 1)
+	g, err := connectGuest(t.Context(), &deafLink{near: near}, &protocol.Hello{}, func(err error) { lost <- err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Dial(t.Context(), protocol.PortStdio); !errors.Is(err, unix.ENODEV) || errors.Is(err, net.ErrClosed) {
+		t.Errorf("while it lives: %v", err)
+	}
+	far.Close()
+	<-lost
+	if _, err := g.Dial(t.Context(), protocol.PortStdio); !errors.Is(err, unix.ENODEV) || !errors.Is(err, net.ErrClosed) {
+		t.Errorf("when it is gone: %v", err)
 	}
 }
 

@@ -23,6 +23,7 @@ type Guest struct {
 	task    taskv3.TTRPCTaskService
 	sandbox protocol.SandboxClient
 	closing atomic.Bool
+	gone    atomic.Bool // the connection for calls ended, whoever ended it
 	hello   *protocol.Hello
 }
 
@@ -35,6 +36,7 @@ func connectGuest(ctx context.Context, link guestlink.Link, hello *protocol.Hell
 	g := &Guest{link: link, hello: hello}
 	guarded := &guard{Conn: conn}
 	g.client = ttrpc.NewClient(guarded, ttrpc.WithOnClose(func() {
+		g.gone.Store(true)
 		if err := guarded.broken(); err != nil {
 			lost(err)
 		} else if !g.closing.Load() {
@@ -73,12 +75,16 @@ func (g *Guest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	if err == nil || errors.Is(err, net.ErrClosed) {
 		return conn, err
 	}
+	gone := g.gone.Load() // over vsock nothing else tells
 	select {
 	case <-g.link.Broken():
-		return nil, fmt.Errorf("cannot dial port %d of the guest: %w: %w", port, err, net.ErrClosed)
+		gone = true
 	default:
-		return nil, err
 	}
+	if gone {
+		err = fmt.Errorf("%w: %w", err, net.ErrClosed)
+	}
+	return nil, err
 }
 
 // close ends the connection for calls. Calls that are under way fail.

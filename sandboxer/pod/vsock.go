@@ -28,19 +28,31 @@ func ClaimVsock() (*vm.Vsock, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the vsock device (modprobe vhost_vsock): %w", err)
 	}
+	cid, err := claim(func(cid uint32) error {
+		arg := uint64(cid)
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), setGuestCID, uintptr(unsafe.Pointer(&arg))); errno != 0 {
+			return errno
+		}
+		return nil
+	})
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &vm.Vsock{CID: cid, FD: f}, nil
+}
+
+// claim draws context ids until set accepts one.
+func claim(set func(cid uint32) error) (uint32, error) {
 	for range claims {
 		cid := 3 + rand.Uint32N(1<<31-4) // 0 to 2 mean the hypervisor, the loopback and the host
-		arg := uint64(cid)
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), setGuestCID, uintptr(unsafe.Pointer(&arg)))
-		switch errno {
-		case 0:
-			return &vm.Vsock{CID: cid, FD: f}, nil
-		case unix.EADDRINUSE:
-			continue
+		err := set(cid)
+		if err == nil {
+			return cid, nil
 		}
-		f.Close()
-		return nil, fmt.Errorf("cannot claim the vsock context id %d: %w", cid, errno)
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return 0, fmt.Errorf("cannot claim the vsock context id %d: %w", cid, err)
+		}
 	}
-	f.Close()
-	return nil, errors.New("cannot find a free vsock context id")
+	return 0, errors.New("cannot find a free vsock context id")
 }
