@@ -14,6 +14,8 @@ import (
 	"kuasar.io/kuasar/sandboxer/config"
 	"kuasar.io/kuasar/sandboxer/pod"
 	"kuasar.io/kuasar/sandboxer/storage"
+	"kuasar.io/kuasar/sandboxer/vm/disk"
+	"kuasar.io/kuasar/sandboxer/vm/stratovirt"
 )
 
 // Status is how something that the node should have is.
@@ -83,6 +85,8 @@ type check struct {
 	*Checker
 	cfg      *config.Config // nil if it is not valid
 	kind     string         // of the hypervisor: qemu, stratovirt, or empty
+	serial   bool           // this StratoVirt reaches its guests without a vsock, too
+	emulates bool           // this StratoVirt can do without KVM
 	findings []Finding
 }
 
@@ -212,19 +216,15 @@ func (c *check) hypervisor(ctx context.Context) {
 		c.add("hypervisor", Missing, mend, "hypervisor.path = %q: %s", path, why)
 		return
 	}
-	out, err := output(ctx, real, "--version")
+	out, err := output(ctx, real, "-version") // StratoVirt refuses --version
 	first := firstLine(out)
+	if said, serr := stratovirt.Version(ctx, real); !stratovirt.IsStratoVirt(first) && !strings.Contains(strings.ToLower(first), "qemu") && serr == nil {
+		first, err = said, nil
+	}
 	lower := strings.ToLower(first)
 	switch {
-	case strings.Contains(lower, "stratovirt"):
-		// As the daemon says, whose driver for it is not there yet.
-		if c.hasQEMU() {
-			mend = useQEMU()
-		} else {
-			mend = c.install("qemu-system-x86_64", "qemu-system-x86") + " && " + useQEMU()
-		}
-		c.kind = kindStratoVirt
-		c.add("hypervisor", Missing, mend, "%s is %s, and this version of vmm-sandboxer drives QEMU only", path, first)
+	case stratovirt.IsStratoVirt(first):
+		c.stratovirt(path, first, mend)
 	case strings.Contains(lower, "qemu"):
 		version, ok := parseRelease(first)
 		if ok && version.before(6, 0, 0) {
@@ -238,6 +238,38 @@ func (c *check) hypervisor(ctx context.Context) {
 	default:
 		c.add("hypervisor", Missing, mend, "%s is no hypervisor that is known; it says %q", path, first)
 	}
+}
+
+// stratovirt checks what StratoVirt's versions and machine types need.
+func (c *check) stratovirt(path, said, mend string) {
+	h := c.cfg.Hypervisor
+	version, ok := parseRelease(said)
+	if ok && version.before(2, 2, 0) {
+		c.add("hypervisor", Missing, mend, "%s is %s; 2.2 or newer is needed", path, said)
+		return
+	}
+	c.kind = kindStratoVirt
+	machine, _, _ := strings.Cut(strings.TrimPrefix(h.MachineType, "type="), ",")
+	c.serial = ok && !version.before(2, 3, 0) && machine != "microvm"
+	c.emulates = strings.Contains(said, "(tcg)")
+	switch {
+	case machine == "q35" && h.Firmware == "":
+		c.add("hypervisor", Missing, c.install("edk2-ovmf", "ovmf")+", and set hypervisor.firmware in "+c.Settings.Config,
+			"%s: %s; its machine q35 does not boot without a firmware, and hypervisor.firmware is empty", path, said)
+		return
+	case h.Firmware != "":
+		if _, err := readableFile(c.Host.path(h.Firmware)); err != nil {
+			if !c.asRoot("hypervisor", err) {
+				c.add("hypervisor", Missing, c.install("edk2-ovmf", "ovmf"), "%s: %s; hypervisor.firmware = %q: %v", path, said, h.Firmware, err)
+			}
+			return
+		}
+	}
+	if ok && !version.before(2, 5, 0) {
+		// Nothing but the start of a pod shows how it was built.
+		said += ", which must be built with its features vhost_vsock and virtio_rng"
+	}
+	c.add("hypervisor", OK, "", "%s: %s, machine %s", path, said, machine)
 }
 
 // hasQEMU says whether the shipped configuration for QEMU names one that is there.
@@ -259,6 +291,10 @@ func (c *check) kvm(ctx context.Context) {
 			probe = kvmProbe{QEMU: c.Host.path(c.cfg.Hypervisor.Path), Machine: machine, Kernel: c.Host.path(c.cfg.Hypervisor.KernelPath),
 				Cache: filepath.Join(c.Host.path(c.Settings.Dir), ".kvm")}
 		}
+	}
+	if accelerator == config.AcceleratorTCG && c.kind == kindStratoVirt && !c.emulates {
+		c.add("kvm", Missing, "vi "+c.Settings.Config, "hypervisor.accelerator is tcg, and StratoVirt has nothing but KVM")
+		return
 	}
 	if accelerator == config.AcceleratorTCG {
 		c.add("kvm", OK, "", "not used: hypervisor.accelerator is tcg")
@@ -291,7 +327,7 @@ func (c *check) kvm(ctx context.Context) {
 			"/dev/kvm opens and runs no guest: %s; %s", reason, c.withoutKVM(status))
 		return
 	}
-	if probe.QEMU == "" {
+	if probe.QEMU == "" && c.kind != kindStratoVirt {
 		c.add("kvm", Warning, c.install("qemu-system-x86_64", "qemu-system-x86"), "%s; whether a guest runs was not tried, for which a QEMU is needed", reason)
 		return
 	}
@@ -341,9 +377,9 @@ func (c *check) enableKVM() (mend, why string) {
 }
 
 func (c *check) vsock(context.Context) {
-	status := Warning
-	if c.kind == kindStratoVirt {
-		status = Missing
+	status, without := Warning, "guests are reached through a serial port"
+	if c.kind == kindStratoVirt && !c.serial {
+		status, without = Missing, "this StratoVirt reaches its guests by nothing else"
 	}
 	err := c.probes.vsock()
 	switch {
@@ -351,7 +387,7 @@ func (c *check) vsock(context.Context) {
 		c.add("vhost-vsock", OK, "", "/dev/vhost-vsock gives context ids")
 	case c.asRoot("vhost-vsock", err):
 	default:
-		c.add("vhost-vsock", status, "modprobe vhost_vsock", "%s; guests are reached through a serial port", oneLine(err))
+		c.add("vhost-vsock", status, "modprobe vhost_vsock", "%s; %s", oneLine(err), without)
 	}
 }
 
@@ -436,6 +472,9 @@ func (c *check) guestFiles(context.Context) {
 			continue
 		}
 		size, err := readableFile(c.Host.path(g.path))
+		if err == nil && g.path == h.ImagePath {
+			_, err = disk.Filesystem(c.Host.path(g.path))
+		}
 		switch {
 		case err == nil:
 			c.add(g.name, OK, "", "%s, %.1f MB", g.path, float64(size)/1e6)
@@ -485,6 +524,10 @@ func (c *check) virtiofsd(context.Context) {
 		if v, found := strings.CutPrefix(p, protocol.ParamShareType+"="); found {
 			asked = v
 		}
+	}
+	if asked == "9p" && c.kind == kindStratoVirt {
+		c.add("virtiofsd", Missing, "vi "+c.Settings.Config, "hypervisor.kernel_params has %s=9p, and StratoVirt has no 9p", protocol.ParamShareType)
+		return
 	}
 	if asked == "9p" {
 		c.add("virtiofsd", OK, "", "not used: hypervisor.kernel_params has %s=9p", protocol.ParamShareType)

@@ -52,6 +52,15 @@ path = ""
 	}}
 }
 
+// useStratoVirt configures one that refuses what the real one refuses.
+func useStratoVirt(t *testing.T, c *Checker, version, machine, more string) {
+	t.Helper()
+	const path = "/var/lib/kuasar/config_stratovirt.toml"
+	write(t, c.Host.path(path), "[hypervisor]\npath = \"/usr/bin/stratovirt\"\nmachine_type = \""+machine+"\"\n"+more+"[hypervisor.virtiofsd_conf]\npath = \"\"\n", 0o644)
+	c.Settings.Config = path
+	program(t, c.Host, "stratovirt", "[ \"$1\" = -version ] && echo StratoVirt "+version)
+}
+
 func finding(findings []Finding, name string) Finding {
 	for _, f := range findings {
 		if f.Name == name {
@@ -88,10 +97,29 @@ func TestCheck(t *testing.T) {
 		{"no configuration", func(c *Checker) { c.Settings.Config = "/var/lib/kuasar/config_stratovirt.toml" }, "configuration", Missing, "does not exist", "dnf install kuasar"},
 		{"misspelt key", func(c *Checker) { write(t, c.Host.path(qemuConfig), "[hypervisor]\nvcpu = 1\n", 0o644) }, "configuration", Missing, "vcpus", "vi " + qemuConfig},
 		{"no StratoVirt, QEMU is there", stratovirt, "hypervisor", Missing, "/usr/bin/stratovirt", `echo 'OPTIONS="--config /var/lib/kuasar/config_qemu.toml"' >> /etc/sysconfig/kuasar-vmm`},
-		{"StratoVirt", func(c *Checker) {
-			stratovirt(c)
-			program(t, c.Host, "stratovirt", "echo StratoVirt 2.4.0")
-		}, "hypervisor", Missing, "drives QEMU only", "config_qemu.toml"},
+		{"StratoVirt", func(c *Checker) { useStratoVirt(t, c, "2.4.0", "microvm", "") }, "hypervisor", OK, "StratoVirt 2.4.0, machine microvm", ""},
+		{"new StratoVirt", func(c *Checker) { useStratoVirt(t, c, "2.5.0", "microvm", "") }, "hypervisor", OK, "vhost_vsock", ""},
+		{"old StratoVirt", func(c *Checker) { useStratoVirt(t, c, "2.1.0", "microvm", "") }, "hypervisor", Missing, "2.2 or newer", "config_qemu.toml"},
+		{"StratoVirt without firmware", func(c *Checker) {
+			useStratoVirt(t, c, "2.4.0", "microvm", "firmware = \"/usr/share/edk2/ovmf/OVMF_CODE.fd\"\n")
+		}, "hypervisor", Missing, "OVMF_CODE.fd", "dnf install edk2-ovmf"},
+		{"StratoVirt without KVM", func(c *Checker) {
+			useStratoVirt(t, c, "2.4.0", "microvm", "")
+			c.probes.kvm = func(context.Context, kvmProbe) (bool, string) { return false, "stopped at once" }
+		}, "kvm", Missing, "no pod starts", "nested"},
+		{"StratoVirt with KVM", func(c *Checker) { useStratoVirt(t, c, "2.4.0", "microvm", "") }, "kvm", OK, "boots", ""},
+		{"StratoVirt that is to emulate", func(c *Checker) { useStratoVirt(t, c, "2.4.0", "microvm", "accelerator = \"tcg\"\n") }, "kvm", Missing, "nothing but KVM", "vi "},
+		{"StratoVirt without vsock", func(c *Checker) {
+			useStratoVirt(t, c, "2.4.0", "microvm", "")
+			c.probes.vsock = func() error { return gone }
+		}, "vhost-vsock", Missing, "by nothing else", "modprobe vhost_vsock"},
+		{"StratoVirt that is to share by 9p", func(c *Checker) {
+			useStratoVirt(t, c, "2.4.0", "microvm", "kernel_params = \"task.sharefs_type=9p\"\n")
+		}, "virtiofsd", Missing, "has no 9p", "vi "},
+		{"StratoVirt without virtiofsd", func(c *Checker) {
+			useStratoVirt(t, c, "2.4.0", "microvm", "")
+			c.probes.virtiofsd = func(string) (string, storage.Kind, error) { return "", "", nil }
+		}, "virtiofsd", Missing, "by nothing else", "dnf install virtiofsd"},
 		{"old QEMU", func(c *Checker) { program(t, c.Host, "qemu-system-x86_64", "echo QEMU emulator version 5.2.0") }, "hypervisor", Missing, "6.0", "dnf install qemu-system-x86_64"},
 		{"something else", func(c *Checker) { program(t, c.Host, "qemu-system-x86_64", "echo hello") }, "hypervisor", Missing, "hello", "qemu"},
 		{"KVM that runs nothing", func(c *Checker) {
