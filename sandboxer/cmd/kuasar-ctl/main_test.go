@@ -142,6 +142,25 @@ func TestList(t *testing.T) {
 	}
 }
 
+func TestInspectNamesTheClient(t *testing.T) {
+	base := t.TempDir()
+	state(t, base, "a", map[string]any{"client": pod.ISulad213, "address": "vsock://7:1024"})
+	state(t, base, "b", nil)
+	out, _, _ := ctl(t, "--dir", base, "inspect", "a")
+	for _, want := range []string{"iSulad 2.1.3 to 2.1.5", "vsock://7:1024"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in %s", want, out)
+		}
+	}
+	for id, want := range map[string]string{"a": "iSulad 2.1.3 to 2.1.5", "b": "containerd"} {
+		var got podDetails
+		out, _, _ := ctl(t, "--dir", base, "-o", "json", "inspect", id)
+		if err := json.Unmarshal([]byte(out), &got); err != nil || got.Client != want {
+			t.Errorf("%s: client %q, %v", id, got.Client, err)
+		}
+	}
+}
+
 func TestPrefix(t *testing.T) {
 	base := t.TempDir()
 	for _, id := range []string{"abc1", "abc2", "abc", "xyz"} {

@@ -263,6 +263,7 @@ type podDetails struct {
 	Exited       time.Time          `json:"exited,omitzero"`
 	ExitStatus   uint32             `json:"exit_status"`
 	Reason       string             `json:"reason,omitempty"`
+	Client       string             `json:"client,omitempty"` // who created it
 	NetNS        string             `json:"netns"`
 	CgroupParent string             `json:"cgroup_parent"`
 	TaskAddress  string             `json:"task_address"`
@@ -359,7 +360,7 @@ func details(i *pod.Inspection) podDetails {
 	if i.Err != nil {
 		d.Error = i.Err.Error()
 	} else {
-		d.Config = i.Config
+		d.Client, d.Config = i.Client.String(), i.Config
 	}
 	switch {
 	case isSocket(i.DebugSocket()):
@@ -431,6 +432,7 @@ func inspect(c *call, _ *flag.FlagSet) func(context.Context, []string) error {
 		if !d.Exited.IsZero() {
 			line("exited", fmt.Sprintf("%s with status %d", d.Exited.Local().Format(time.RFC3339), d.ExitStatus))
 		}
+		line("client", d.Client)
 		line("directory", d.Directory)
 		line("network namespace", d.NetNS)
 		line("cgroup parent", d.CgroupParent)
