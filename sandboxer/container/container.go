@@ -20,6 +20,7 @@ import (
 	"log/slog"
 	"net"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -184,6 +185,7 @@ type Set struct {
 
 	mu         sync.Mutex
 	containers map[string]*container
+	announced  map[string]*announcement
 	deletions  []deletion // the oldest first
 	lastPID    uint32
 	gone       bool
@@ -214,7 +216,10 @@ type process struct {
 	status   Status
 	ready    bool // the guest has created it
 	starting bool
-	started  bool // the guest said so; its status may not show it yet
+	ending   bool // finish has begun
+	// withdrawn says that the client has no use for the process any more, whose end nobody waits for.
+	withdrawn bool
+	started   bool // the guest said so; its status may not show it yet
 	deleting bool
 	exit     Exit
 	ended    *Exit // as exit, but before the client's streams have seen their end
@@ -241,6 +246,7 @@ func NewSet(opts Options) *Set {
 		opts:       opts,
 		log:        opts.Log.With("pod", opts.PodID),
 		containers: map[string]*container{},
+		announced:  map[string]*announcement{},
 		lastPID:    firstPID - 1,
 		killGrace:  killGrace,
 	}
@@ -253,11 +259,17 @@ func NewSet(opts Options) *Set {
 	return s
 }
 
-// Len is the number of containers, including those being created or deleted.
+// Len is the number of containers, including those being created or deleted, and those announced.
 func (s *Set) Len() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.containers)
+	n := len(s.containers)
+	for id := range s.announced {
+		if s.containers[id] == nil {
+			n++
+		}
+	}
+	return n
 }
 
 // newProcess makes a process that nobody sees yet. s.mu is held.
@@ -718,6 +730,13 @@ func (s *Set) finish(p *process, exit Exit, abrupt bool) {
 	}
 	p.finishing.Do(func() {
 		p.unwatch()
+		s.mu.Lock()
+		p.ending = true
+		withdrawn := p.withdrawn
+		s.mu.Unlock()
+		if withdrawn {
+			p.io.abandonAfter(s.killGrace)
+		}
 		if p.execID == "" && exit.Status == ExitLost && !abrupt {
 			s.lastStats(p.container)
 		}
@@ -735,8 +754,12 @@ func (s *Set) finish(p *process, exit Exit, abrupt bool) {
 		s.mu.Lock()
 		p.status = Stopped
 		p.exit = exit
+		withdrawn = p.withdrawn && !p.deleting
 		s.mu.Unlock()
 		close(p.exited)
+		if withdrawn && !abrupt {
+			go s.dropExec(p)
+		}
 	})
 }
 
@@ -777,13 +800,22 @@ func (s *Set) GuestGone(exit time.Time) {
 		}
 	}
 	s.mu.Unlock()
+	announced := s.announcements()
 	var wg sync.WaitGroup
 	for _, p := range all {
 		wg.Go(func() { s.finish(p, Exit{Status: ExitLost, At: exit}, true) })
 	}
+	for _, a := range announced {
+		wg.Go(func() { s.cutAnnounced(a) })
+	}
 	wg.Wait()
 	for _, done := range creating {
 		<-done
+	}
+	for _, a := range announced {
+		if !slices.Contains(ids, a.id) {
+			ids = append(ids, a.id)
+		}
 	}
 	for _, id := range ids {
 		if err := s.opts.Storage.Release(id); err != nil {
@@ -795,8 +827,8 @@ func (s *Set) GuestGone(exit time.Time) {
 // Close forgets the containers with their pod: all streams end, and what Options.Store keeps of them
 // goes. Nothing is asked of the guest, nothing is journalled.
 func (s *Set) Close() {
-	for _, p := range s.quit() {
-		p.io.close()
+	for _, t := range s.quit() {
+		t.close()
 	}
 	s.shelf.clear()
 }
@@ -807,15 +839,15 @@ func (s *Set) Close() {
 func (s *Set) HandOver() {
 	s.shelf.left.Store(true)
 	var wg sync.WaitGroup
-	for _, p := range s.quit() {
-		wg.Go(p.io.detach)
+	for _, t := range s.quit() {
+		wg.Go(t.detach)
 	}
 	wg.Wait()
 	s.journal()
 }
 
-// quit ends all work and returns the processes.
-func (s *Set) quit() []*process {
+// quit ends all work and returns the streams.
+func (s *Set) quit() []*stdio {
 	s.end(fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable))
 	s.mu.Lock()
 	//lint:ignore SA2001 what is under way with the lock held comes first; from here on no process is added
@@ -832,16 +864,19 @@ func (s *Set) quit() []*process {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var all []*process
+	var all []*stdio
 	for _, c := range s.containers {
 		if c.init.ready {
-			all = append(all, c.init)
+			all = append(all, c.init.io)
 		}
 		for _, e := range c.execs {
 			if e.ready {
-				all = append(all, e)
+				all = append(all, e.io)
 			}
 		}
+	}
+	for _, a := range s.announced {
+		all = append(all, a.streams()...)
 	}
 	return all
 }

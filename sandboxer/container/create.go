@@ -36,6 +36,8 @@ type CreateRequest struct {
 	// Rootfs are the mounts that make the root file system. They are not done yet.
 	Rootfs []Mount
 	IO     IO
+
+	log *LogFile // for what IO does not name
 }
 
 // Create makes a container whose process waits for Start. If it fails, nothing is left of it, in
@@ -44,14 +46,18 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 	if err := CheckID("id", req.ID); err != nil {
 		return 0, err
 	}
-	if len(req.Rootfs) == 0 {
-		return 0, fmt.Errorf("rootfs: container %s has none: %w", req.ID, errdefs.ErrInvalidArgument)
-	}
-	log := s.log.With("container", req.ID)
-	streams, err := s.newStdio(req.IO, req.ID, "", log)
+	req, err = s.announcedRequest(req)
 	if err != nil {
 		return 0, err
 	}
+	if len(req.Rootfs) == 0 {
+		return 0, noRootfs(req.ID)
+	}
+	streams, err := s.newStdio(req.IO, req.ID, "", s.log.With("container", req.ID))
+	if err != nil {
+		return 0, err
+	}
+	streams.keepLog(req.log)
 	ctx, cancel := s.operation(ctx, createTimeout)
 	defer cancel()
 
@@ -79,13 +85,10 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 	defer s.making.Done()
 	s.mu.Unlock()
 
-	// What was made is undone in reverse when anything fails.
-	var undo []func()
+	var undo undoList
 	defer func() {
 		if err != nil {
-			for i := len(undo) - 1; i >= 0; i-- {
-				undo[i]()
-			}
+			undo.run()
 			c.init.unwatch()
 			s.mu.Lock()
 			delete(s.containers, req.ID)
@@ -101,41 +104,9 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 		}
 	}
 
-	undo = append(undo, streams.close)
-	if err := streams.open(true); err != nil {
-		return 0, fmt.Errorf("cannot create container %s: %w", req.ID, err)
+	if err := s.prepare(ctx, req, streams, nil, &undo); err != nil {
+		return 0, err
 	}
-	connected := make(chan error, 1)
-	go func() { connected <- streams.connect(ctx, s.dial) }()
-	// Nothing may be closed while the connections are being made.
-	undo = append(undo, func() {
-		cancel()
-		if connected != nil {
-			<-connected
-		}
-	})
-
-	undo = append(undo, func() {
-		if err := s.opts.Storage.Release(req.ID); err != nil {
-			log.Error("cannot release the storage of a container that could not be created", "error", err)
-		}
-	})
-	spec, err := s.guestSpec(ctx, req)
-	if err != nil {
-		return 0, fmt.Errorf("cannot create container %s: %w", req.ID, err)
-	}
-	undo = append(undo, func() { s.purge(req.ID) })
-	_, err = s.opts.Guest.Sandbox().PrepareContainer(ctx, &protocol.PrepareContainerRequest{ContainerId: req.ID, Spec: spec})
-	if err != nil {
-		return 0, s.guestError(ctx, "prepare container "+req.ID, err)
-	}
-	err = <-connected
-	connected = nil
-	if err != nil {
-		return 0, s.streamError(ctx, "create container "+req.ID, err)
-	}
-	streams.pumpOutput(s.streamViolation)
-
 	stdin, stdout, stderr := streams.guestNames()
 	answer, err := s.opts.Guest.Task().Create(ctx, &task.CreateTaskRequest{
 		ID: req.ID, Terminal: req.IO.Terminal, Stdin: stdin, Stdout: stdout, Stderr: stderr,
@@ -151,6 +122,64 @@ func (s *Set) Create(ctx context.Context, req CreateRequest) (pid uint32, err er
 	}
 	streams.pumpInput(s.streamViolation, s.journal)
 	return c.init.pid, nil
+}
+
+// undoList is what was made, to be undone in reverse when anything fails.
+type undoList []func()
+
+func (u *undoList) add(f func()) { *u = append(*u, f) }
+
+func (u *undoList) run() {
+	for i := len(*u) - 1; i >= 0; i-- {
+		(*u)[i]()
+	}
+	*u = nil
+}
+
+func noRootfs(id string) error {
+	return fmt.Errorf("rootfs: container %s has none: %w", id, errdefs.ErrInvalidArgument)
+}
+
+// prepare does all for a container but to make it: its streams carry output, its storage is there, and
+// the guest has its spec.
+func (s *Set) prepare(ctx context.Context, req CreateRequest, streams *stdio, direct *protocol.Direct, undo *undoList) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	undo.add(streams.close)
+	if err := streams.open(true); err != nil {
+		return fmt.Errorf("cannot create container %s: %w", req.ID, err)
+	}
+	connected := make(chan error, 1)
+	go func() { connected <- streams.connect(ctx, s.dial) }()
+	// Nothing may be closed while the connections are being made.
+	undo.add(func() {
+		cancel()
+		if connected != nil {
+			<-connected
+		}
+	})
+
+	undo.add(func() {
+		if err := s.opts.Storage.Release(req.ID); err != nil {
+			s.log.Error("cannot release the storage of a container that could not be created", "container", req.ID, "error", err)
+		}
+	})
+	spec, err := s.guestSpec(ctx, req)
+	if err != nil {
+		return fmt.Errorf("cannot create container %s: %w", req.ID, err)
+	}
+	undo.add(func() { s.purge(req.ID) })
+	_, err = s.opts.Guest.Sandbox().PrepareContainer(ctx, &protocol.PrepareContainerRequest{ContainerId: req.ID, Spec: spec, Direct: direct})
+	if err != nil {
+		return s.guestError(ctx, "prepare container "+req.ID, err)
+	}
+	err = <-connected
+	connected = nil
+	if err != nil {
+		return s.streamError(ctx, "create container "+req.ID, err)
+	}
+	streams.pumpOutput(s.streamViolation)
+	return nil
 }
 
 // ExecRequest describes a process in a container.
@@ -256,6 +285,9 @@ func (s *Set) addExec(req ExecRequest, streams *stdio) (*process, error) {
 	case first.deleting || first.status == Stopped:
 		return nil, fmt.Errorf("cannot create a process in container %s: it is %v: %w", c.id, first.status, errdefs.ErrFailedPrecondition)
 	}
+	if s.opts.Announced {
+		s.dropOldExecs(c)
+	}
 	p := s.newProcess(c, req.ExecID)
 	p.io = streams
 	c.execs[req.ExecID] = p
@@ -310,12 +342,9 @@ func (s *Set) guestSpec(ctx context.Context, req CreateRequest) ([]byte, error) 
 			return nil, err
 		}
 	}
-	if len(text) > maxSpec {
-		return nil, fmt.Errorf("its spec has %d bytes, more than %d: %w", len(text), maxSpec, errdefs.ErrInvalidArgument)
-	}
-	spec := &specs.Spec{}
-	if err := json.Unmarshal(text, spec); err != nil {
-		return nil, fmt.Errorf("cannot decode its OCI spec: %w: %w", err, errdefs.ErrInvalidArgument)
+	spec, err := decodeSpec(text)
+	if err != nil {
+		return nil, err
 	}
 	// What cannot be run is refused before anything is mounted for it.
 	w := &rewriter{
@@ -342,6 +371,17 @@ func (s *Set) guestSpec(ctx context.Context, req CreateRequest) ([]byte, error) 
 		return nil, fmt.Errorf("its spec has %d bytes for the guest, more than %d: %w", len(rewritten), maxSpec, errdefs.ErrInvalidArgument)
 	}
 	return rewritten, nil
+}
+
+func decodeSpec(text []byte) (*specs.Spec, error) {
+	if len(text) > maxSpec {
+		return nil, fmt.Errorf("its spec has %d bytes, more than %d: %w", len(text), maxSpec, errdefs.ErrInvalidArgument)
+	}
+	spec := &specs.Spec{}
+	if err := json.Unmarshal(text, spec); err != nil {
+		return nil, fmt.Errorf("cannot decode its OCI spec: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return spec, nil
 }
 
 // readBundle reads a bundle's config.json.

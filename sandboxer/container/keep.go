@@ -25,6 +25,7 @@ import (
 //	stdio/POD/TOKEN-KIND/read      an output that has ended: what the client has not read yet
 //	stdio/POD/TOKEN-KIND/out       an output's Outbox
 //	stdio/POD/TOKEN-KIND/{in,pipe} an input's Inbox
+//	stdio/POD/TOKEN-KIND/log       how far a log is: see logFile
 type shelf struct {
 	store  *handover.Store
 	prefix string
@@ -82,6 +83,9 @@ func (s *shelf) siblings(id, execID, token string, kind guestio.Kind) []niche {
 // put keeps all of the files or none.
 func (n niche) put(files map[string]*os.File) error { return n.store.PutAll(n.prefix, files) }
 
+// holds tells whether an earlier daemon has left something, and nobody has taken it.
+func (n niche) holds(suffix string) bool { return len(n.store.Names(n.prefix+suffix)) > 0 }
+
 func (n niche) take(suffix string) *os.File { return n.store.Take(n.prefix + suffix) }
 
 func (n niche) remove(suffixes ...string) {
@@ -94,7 +98,7 @@ func (n niche) remove(suffixes ...string) {
 }
 
 // clear forgets all.
-func (n niche) clear() { n.remove("fifo", "read", "out", "in", "pipe") }
+func (n niche) clear() { n.remove("fifo", "read", "out", "in", "pipe", "log") }
 
 // inbox is what a client has written and its process has not consumed. Offsets are those of the
 // stream. Its methods may be called from several goroutines.

@@ -24,6 +24,30 @@ type Record struct {
 	Bundle    string          `json:"bundle,omitempty"`
 	OOMKills  uint64          `json:"oomKills,omitempty"`
 	Processes []ProcessRecord `json:"processes"` // the first one first
+	// Announced is what the pod's client has announced, if it did. A daemon that knows no announcements
+	// sees of a container that is not made one that was deleted.
+	Announced *AnnouncementRecord `json:"announced,omitempty"`
+}
+
+// AnnouncementRecord is what a client has said of a container, or of processes in it, that it makes
+// later.
+type AnnouncementRecord struct {
+	// Making says that the daemon was about to announce it to the guest, and had not answered.
+	Making bool `json:"making,omitempty"`
+
+	// What Create takes. Of a direct container the guest has it.
+	Spec   []byte  `json:"spec,omitempty"`
+	Rootfs []Mount `json:"rootfs,omitempty"`
+	IO     IO      `json:"io,omitzero"`
+
+	// Streams are those of a direct container; nil if they have ended.
+	Streams *ProcessRecord `json:"streams,omitempty"`
+	// Released says that a client has deleted the container.
+	Released bool `json:"released,omitempty"`
+	// StaleDeletions is how many times the guest may tell of a deletion that was before this.
+	StaleDeletions int `json:"staleDeletions,omitempty"`
+	// Processes have streams only if they are in a direct container, and only until those end.
+	Processes []ProcessRecord `json:"processes,omitempty"`
 }
 
 // ProcessRecord is what it must know of a process.
@@ -38,6 +62,10 @@ type ProcessRecord struct {
 	Consumed []uint64  `json:"consumed,omitempty"` // bytes of each output, as far as known
 	// InputEnded says that the standard input ends after what the client has written.
 	InputEnded bool `json:"inputEnded,omitempty"`
+	// Log is where output goes that IO does not name.
+	Log *LogFile `json:"log,omitempty"`
+	// Withdrawn says that the client has no use for the process any more.
+	Withdrawn bool `json:"withdrawn,omitempty"`
 	// Deleted says that the process is no more, with its container if it was the first one: all that
 	// is left is how it ended, for a client that has asked and got no answer.
 	Deleted bool `json:"deleted,omitempty"`
@@ -117,17 +145,32 @@ func (s *Set) Records() []Record {
 			records[i].Processes = append(records[i].Processes, d.record())
 		}
 	}
+	for _, a := range s.announced {
+		i := slices.IndexFunc(records, func(r Record) bool { return r.ID == a.id })
+		if i < 0 {
+			i = len(records)
+			records = append(records, Record{ID: a.id, Processes: []ProcessRecord{{Status: Stopped, Deleted: true}}})
+		}
+		records[i].Announced = a.record()
+	}
 	slices.SortFunc(records, func(a, b Record) int { return strings.Compare(a.ID, b.ID) })
 	return records
 }
 
 // record is called with Set.mu held.
 func (p *process) record() ProcessRecord {
-	r := ProcessRecord{ExecID: p.execID, PID: p.pid, Status: p.status, Exit: p.exit, Born: p.born, IO: p.io.client, Token: p.io.token, InputEnded: p.io.inputEnded.Load()}
+	r := p.io.record()
+	r.ExecID, r.PID, r.Status, r.Exit, r.Born, r.Withdrawn = p.execID, p.pid, p.status, p.exit, p.born, p.withdrawn
 	if p.ended != nil {
 		r.Status, r.Exit = Stopped, *p.ended
 	}
-	for _, o := range p.io.outputs {
+	return r
+}
+
+// record is what is to be known of streams.
+func (t *stdio) record() ProcessRecord {
+	r := ProcessRecord{IO: t.client, Token: t.token, InputEnded: t.inputEnded.Load(), Log: t.logTo}
+	for _, o := range t.outputs {
 		r.Consumed = append(r.Consumed, o.position())
 	}
 	return r
@@ -150,18 +193,30 @@ func (s *Set) journal() {
 func (s *Set) Restore(ctx context.Context, records []Record) error {
 	var all []*process
 	var deletions []deletion
-	containers := map[string]*container{}
+	containers, seen := map[string]*container{}, map[string]bool{}
+	announced := map[string]*announcement{}
 	for _, r := range records {
 		if err := CheckID("id", r.ID); err != nil {
 			return err
 		}
-		if containers[r.ID] != nil {
+		if seen[r.ID] {
 			return fmt.Errorf("container %s is recorded twice: %w", r.ID, errdefs.ErrInvalidArgument)
+		}
+		seen[r.ID] = true
+		if r.Announced != nil {
+			a, err := s.restoredAnnouncement(r.ID, *r.Announced)
+			if err != nil {
+				return fmt.Errorf("container %s: %w", r.ID, err)
+			}
+			announced[r.ID] = a
 		}
 		c := &container{id: r.ID, bundle: r.Bundle, execs: map[string]*process{}, creating: make(chan struct{}), cancelCreate: func() {}}
 		close(c.creating)
 		c.stats.oomKills = r.OOMKills
 		for i, pr := range r.Processes {
+			if pr.Deleted && pr.PID == 0 {
+				continue // it is only announced
+			}
 			if pr.Deleted {
 				deletions = append(deletions, deletion{id: r.ID, execID: pr.ExecID, bundle: r.Bundle, pid: pr.PID, exit: pr.Exit, at: time.Now()})
 				s.lastPID = max(s.lastPID, pr.PID)
@@ -198,10 +253,16 @@ func (s *Set) Restore(ctx context.Context, records []Record) error {
 	for id, c := range containers {
 		s.containers[id] = c
 	}
+	for id, a := range announced {
+		s.announced[id] = a
+	}
 	s.deletions = deletions
 	s.mu.Unlock()
 
 	var wg sync.WaitGroup
+	for _, a := range announced {
+		wg.Go(func() { s.reattachAnnounced(ctx, a) })
+	}
 	for _, p := range all {
 		wg.Go(func() { s.reattach(ctx, p) })
 	}
@@ -221,20 +282,13 @@ func (s *Set) restored(c *container, r ProcessRecord) (*process, error) {
 	if r.Status < Created || r.Status > Stopped {
 		return nil, fmt.Errorf("%v is recorded: %w", r.Status, errdefs.ErrInvalidArgument)
 	}
-	streams, err := s.newStdio(r.IO, c.id, r.ExecID, s.log.With("container", c.id))
+	streams, err := s.restoredStdio(c.id, r)
 	if err != nil {
 		return nil, err
 	}
-	streams.token = r.Token
-	streams.inputEnded.Store(r.InputEnded)
-	for i, o := range streams.outputs {
-		if i < len(r.Consumed) {
-			o.offset = r.Consumed[i]
-		}
-	}
 	p := &process{
 		container: c, execID: r.ExecID, pid: r.PID, born: r.Born, io: streams,
-		status: r.Status, exit: r.Exit, ready: true, exited: make(chan struct{}),
+		status: r.Status, exit: r.Exit, withdrawn: r.Withdrawn, ready: true, exited: make(chan struct{}),
 	}
 	p.watching, p.unwatch = context.WithCancel(s.life)
 	if r.Status == Stopped {
@@ -243,6 +297,22 @@ func (s *Set) restored(c *container, r ProcessRecord) (*process, error) {
 		close(p.exited)
 	}
 	return p, nil
+}
+
+func (s *Set) restoredStdio(id string, r ProcessRecord) (*stdio, error) {
+	streams, err := s.newStdio(r.IO, id, r.ExecID, s.log.With("container", id))
+	if err != nil {
+		return nil, err
+	}
+	streams.keepLog(r.Log)
+	streams.token = r.Token
+	streams.inputEnded.Store(r.InputEnded)
+	for i, o := range streams.outputs {
+		if i < len(r.Consumed) {
+			o.offset = r.Consumed[i]
+		}
+	}
+	return streams, nil
 }
 
 // reattach connects a restored process with its client and the guest.
@@ -256,6 +326,9 @@ func (s *Set) reattach(ctx context.Context, p *process) {
 	if ended {
 		// Usually there is nothing left to write.
 		p.io.cut(goneGrace)
+		if p.withdrawn {
+			go s.dropExec(p)
+		}
 		return
 	}
 	ctx, cancel := s.operation(ctx, controlLimit)
@@ -292,6 +365,10 @@ func (s *Set) reattach(ctx context.Context, p *process) {
 func (t *stdio) reopen(holdInput, ended bool) error {
 	var errs []error
 	for _, o := range t.outputs {
+		if ended && o.logged && !t.logLeft() {
+			o.sink = discard{o} // its last line was written
+			continue
+		}
 		if err := t.openOutput(o); err != nil {
 			o.sink = discard{o}
 			errs = append(errs, err)

@@ -172,10 +172,11 @@ func (w *rewriter) rewrite(spec *specs.Spec, rootfs string) error {
 	spec.Root.Path = rootfs
 	// The pod's names are set once, in its UTS namespace.
 	spec.Hostname, spec.Domainname = "", ""
-	if spec.Hooks != nil {
+	if h := spec.Hooks; h != nil && len(h.Prestart)+len(h.CreateRuntime)+len(h.CreateContainer)+len(h.StartContainer)+len(h.Poststart)+len(h.Poststop) > 0 {
 		w.log.Warn("hooks are programs of the host and are not run for a container in a virtual machine")
-		spec.Hooks = nil
 	}
+	spec.Hooks = nil
+	w.umask(spec)
 	spec.Solaris, spec.Windows, spec.VM, spec.ZOS, spec.FreeBSD = nil, nil, nil, nil, nil
 	annotations := map[string]string{}
 	for _, key := range keptAnnotations {
@@ -198,6 +199,17 @@ func (w *rewriter) rewrite(spec *specs.Spec, rootfs string) error {
 	}
 	cleanResources(linux.Resources)
 	return w.mounts(spec)
+}
+
+// umaskAnnotation is iSulad's way to set the umask of a container's first process.
+const umaskAnnotation = "native.umask"
+
+// umask honours it, unless the spec says the same in OCI's own way.
+func (w *rewriter) umask(spec *specs.Spec) {
+	values := map[string]uint32{"secure": 0o027, "normal": 0o022}
+	if value, ok := values[spec.Annotations[umaskAnnotation]]; ok && spec.Process.User.Umask == nil {
+		spec.Process.User.Umask = &value
+	}
 }
 
 // namespaces gives a container those of its pod, and its own of the rest. It shares the network

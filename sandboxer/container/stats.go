@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -32,7 +33,8 @@ type statistics struct {
 	oomKills uint64
 }
 
-// Stats returns a *cgroup1 or *cgroup2 stats.Metrics of a container. It costs the guest at most
+// Stats returns a *cgroup1 or *cgroup2 stats.Metrics of a container, the former always if clients
+// announce containers: those read nothing else. It costs the guest at most
 // about one call a second, does not wait long for it, and outlives it: after the exit the last
 // values stay, with the OOM kills that were seen.
 func (s *Set) Stats(ctx context.Context, id string) (proto.Message, error) {
@@ -62,7 +64,11 @@ func (s *Set) Stats(ctx context.Context, id string) (proto.Message, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return c.stats.current(c.id, p.status)
+	m, err := c.stats.current(c.id, p.status)
+	if err == nil && s.opts.Announced {
+		m = legacyStats(m)
+	}
+	return m, err
 }
 
 // lastStats fetches a container's statistics for the last time, after its process was killed:
@@ -159,6 +165,72 @@ func (t *statistics) current(id string, status Status) (proto.Message, error) {
 		return m, nil
 	}
 	return &cgroup2.Metrics{MemoryEvents: &cgroup2.MemoryEvents{OomKill: t.oomKills}}, nil
+}
+
+// legacyStats turns statistics of cgroup v2 into those of v1 as far as they have a counterpart. There
+// are readers for whom every operation on a disk that is not "read" was a write, so there are no sums.
+func legacyStats(m proto.Message) proto.Message {
+	v2, ok := m.(*cgroup2.Metrics)
+	if !ok {
+		return m
+	}
+	cpu, memory := v2.GetCPU(), v2.GetMemory()
+	kernel := memory.GetKernelStack() + memory.GetSlab()
+	v1 := &cgroup1.Metrics{
+		Pids: &cgroup1.PidsStat{Current: v2.GetPids().GetCurrent(), Limit: v2.GetPids().GetLimit()},
+		CPU: &cgroup1.CPUStat{
+			Usage: &cgroup1.CPUUsage{
+				Total: cpu.GetUsageUsec() * 1000, Kernel: cpu.GetSystemUsec() * 1000, User: cpu.GetUserUsec() * 1000,
+			},
+			Throttling: &cgroup1.Throttle{
+				Periods: cpu.GetNrPeriods(), ThrottledPeriods: cpu.GetNrThrottled(), ThrottledTime: cpu.GetThrottledUsec() * 1000,
+			},
+		},
+		Memory: &cgroup1.MemoryStat{
+			Cache: memory.GetFile(), TotalCache: memory.GetFile(),
+			RSS: memory.GetAnon(), TotalRSS: memory.GetAnon(),
+			MappedFile: memory.GetFileMapped(), TotalMappedFile: memory.GetFileMapped(),
+			Dirty: memory.GetFileDirty(), TotalDirty: memory.GetFileDirty(),
+			Writeback: memory.GetFileWriteback(), TotalWriteback: memory.GetFileWriteback(),
+			PgFault: memory.GetPgfault(), TotalPgFault: memory.GetPgfault(),
+			PgMajFault: memory.GetPgmajfault(), TotalPgMajFault: memory.GetPgmajfault(),
+			InactiveAnon: memory.GetInactiveAnon(), TotalInactiveAnon: memory.GetInactiveAnon(),
+			ActiveAnon: memory.GetActiveAnon(), TotalActiveAnon: memory.GetActiveAnon(),
+			InactiveFile: memory.GetInactiveFile(), TotalInactiveFile: memory.GetInactiveFile(),
+			ActiveFile: memory.GetActiveFile(), TotalActiveFile: memory.GetActiveFile(),
+			Unevictable: memory.GetUnevictable(), TotalUnevictable: memory.GetUnevictable(),
+			HierarchicalMemoryLimit: memory.GetUsageLimit(),
+			Usage:                   &cgroup1.MemoryEntry{Usage: memory.GetUsage(), Limit: memory.GetUsageLimit(), Max: memory.GetMaxUsage()},
+			// Version 1 counts memory and swap together.
+			Swap: &cgroup1.MemoryEntry{
+				Usage: sum(memory.GetUsage(), memory.GetSwapUsage()), Limit: sum(memory.GetUsageLimit(), memory.GetSwapLimit()),
+			},
+			Kernel:    &cgroup1.MemoryEntry{Usage: kernel},
+			KernelTCP: &cgroup1.MemoryEntry{Usage: memory.GetSock()},
+		},
+		MemoryOomControl: &cgroup1.MemoryOomControl{OomKill: v2.GetMemoryEvents().GetOomKill()},
+		Blkio:            &cgroup1.BlkIOStat{},
+	}
+	for _, e := range v2.GetIo().GetUsage() {
+		entries := func(read, write uint64) []*cgroup1.BlkIOEntry {
+			return []*cgroup1.BlkIOEntry{
+				{Op: "read", Major: e.GetMajor(), Minor: e.GetMinor(), Value: read},
+				{Op: "write", Major: e.GetMajor(), Minor: e.GetMinor(), Value: write},
+			}
+		}
+		b := v1.Blkio
+		b.IoServiceBytesRecursive = append(b.IoServiceBytesRecursive, entries(e.GetRbytes(), e.GetWbytes())...)
+		b.IoServicedRecursive = append(b.IoServicedRecursive, entries(e.GetRios(), e.GetWios())...)
+	}
+	return v1
+}
+
+// sum does not overflow: what has no limit has the largest.
+func sum(a, b uint64) uint64 {
+	if a+b < a {
+		return math.MaxUint64
+	}
+	return a + b
 }
 
 // Update changes the resources of a container, given as OCI LinuxResources in JSON.

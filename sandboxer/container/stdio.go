@@ -69,6 +69,8 @@ type stdio struct {
 
 	outputs []*output
 	input   *input
+	logTo   *LogFile // where outputs go that the client did not name; nil for nowhere
+	logFile *logFile // once it is open
 	// inputEnded says that the input ends after what is there.
 	inputEnded atomic.Bool
 
@@ -81,6 +83,7 @@ type stdio struct {
 type output struct {
 	kind   guestio.Kind
 	name   string // as the client named it
+	logged bool   // goes to the log instead
 	sink   sink
 	reader *guestio.Reader
 	offset uint64        // what was recorded of another daemon's
@@ -128,6 +131,41 @@ func (s *Set) newStdio(client IO, id, execID string, log *slog.Logger) (*stdio, 
 		}
 	}
 	return t, nil
+}
+
+// keepLog has the output go to a log, unless the client has named places for it.
+func (t *stdio) keepLog(to *LogFile) {
+	if to == nil || len(t.outputs) > 0 {
+		return
+	}
+	t.logTo = to
+	for _, kind := range []guestio.Kind{guestio.Stdout, guestio.Stderr} {
+		if kind == guestio.Stdout || !t.client.Terminal {
+			t.outputs = append(t.outputs, &output{kind: kind, logged: true})
+		}
+	}
+}
+
+// logLeft tells whether an earlier daemon had not finished the log.
+func (t *stdio) logLeft() bool {
+	return t.logFile != nil || t.shelf.niche(t.token, guestio.Stdout).holds("log")
+}
+
+// openLog opens the log, or goes on with what an earlier daemon has left of it.
+func (t *stdio) openLog() (*logFile, error) {
+	if t.logFile != nil {
+		return t.logFile, nil
+	}
+	for _, left := range t.shelf.siblings(t.id, t.execID, t.token, guestio.Stdout) {
+		left.clear()
+	}
+	var offsets [2]uint64
+	for _, o := range t.outputs {
+		offsets[logIndex(o.kind)] = o.offset
+	}
+	l, err := openLogFile(*t.logTo, t.shelf.niche(t.token, guestio.Stdout), offsets, len(t.outputs), t.log)
+	t.logFile = l
+	return l, err
 }
 
 // parseStream tells a FIFO's path from a stream's id. Exactly one of them is not empty.
@@ -188,6 +226,14 @@ func (t *stdio) open(holdInput bool) error {
 }
 
 func (t *stdio) openOutput(o *output) error {
+	if o.logged {
+		l, err := t.openLog()
+		if err != nil {
+			return fmt.Errorf("cannot open the log: %w", err)
+		}
+		o.sink = logSink{file: l, index: logIndex(o.kind)}
+		return nil
+	}
 	path, id, err := parseStream(o.name)
 	if err != nil {
 		return fmt.Errorf("%v: %w", o.kind, err)
