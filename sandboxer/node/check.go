@@ -546,7 +546,7 @@ func (c *check) virtiofsd(context.Context) {
 	case path == "":
 		c.add("virtiofsd", Warning, mend, "none is installed; pods get their files by 9p, which is slower")
 	default:
-		c.add("virtiofsd", OK, "", "%s (%s)", path, map[storage.Kind]string{storage.KindC: "of QEMU", storage.KindRust: "in Rust"}[kind])
+		c.add("virtiofsd", OK, "", "%s (%s)", path, map[storage.Kind]string{storage.KindC: "of QEMU", storage.KindRust: "in Rust", storage.KindStratoVirt: "of StratoVirt"}[kind])
 	}
 }
 

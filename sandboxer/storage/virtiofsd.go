@@ -31,6 +31,8 @@ const (
 	KindC Kind = "qemu"
 	// KindRust is the stand-alone daemon that replaced it.
 	KindRust Kind = "rust"
+	// KindStratoVirt is vhost_user_fs, which came with StratoVirt 2.2 and 2.3.
+	KindStratoVirt Kind = "stratovirt"
 )
 
 // virtiofsdPaths is where distributions put the daemon.
@@ -79,11 +81,20 @@ func probe(path string) (Kind, error) {
 	if kind := kindOfVersion(out); kind != "" {
 		return kind, nil
 	}
+	// StratoVirt's refuses that option.
+	if help, herr := exec.CommandContext(ctx, path, "-help").CombinedOutput(); herr == nil && isVhostUserFS(help) {
+		return KindStratoVirt, nil
+	}
 	first, _, _ := bytes.Cut(out, []byte("\n"))
 	if err != nil {
 		return "", fmt.Errorf("cannot use %s: asked for its version it answered %q: %w", path, first, err)
 	}
-	return "", fmt.Errorf("cannot use %s: its version %q is neither that of QEMU's virtiofsd nor of the Rust one", path, first)
+	return "", fmt.Errorf("cannot use %s: its version %q is neither that of QEMU's virtiofsd nor of the Rust one nor of StratoVirt's vhost_user_fs", path, first)
+}
+
+// isVhostUserFS tells StratoVirt's daemon by the options that it lists.
+func isVhostUserFS(help []byte) bool {
+	return bytes.Contains(help, []byte("-socket-path")) && bytes.Contains(help, []byte("-source"))
 }
 
 var rustVersion = regexp.MustCompile(`^virtiofsd (backend )?v?\d`)
@@ -143,6 +154,16 @@ func (v *Virtiofsd) argv(nofile uint64) ([]string, error) {
 			"--xattr",
 			"--announce-submounts",
 			"--log-level=warn"}, nil
+	case KindStratoVirt:
+		// It binds the socket by itself. In a namespace of its own it would not see what is mounted
+		// later; a filter that it brings along may miss what its C library calls and would then kill it.
+		// Its capabilities, it drops unasked. Bare -D is its standard error.
+		return []string{v.Path,
+			"-source", v.Share,
+			"-socket-path", v.Socket,
+			"-sandbox", "chroot",
+			"-rlimit-nofile", strconv.FormatUint(nofile, 10),
+			"-D"}, nil
 	default:
 		return nil, fmt.Errorf("unknown kind %q of virtiofs daemon", v.Kind)
 	}
@@ -196,11 +217,18 @@ func StartVirtiofsd(ctx context.Context, cfg Virtiofsd) (d *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	listener, err := listenOn(cfg.Socket)
-	if err != nil {
-		return nil, err
+	var listener *os.File
+	if cfg.Kind == KindStratoVirt {
+		// What an earlier one has left it would not replace.
+		if err := os.Remove(cfg.Socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	} else {
+		if listener, err = listenOn(cfg.Socket); err != nil {
+			return nil, err
+		}
+		defer listener.Close()
 	}
-	defer listener.Close()
 	d = &Daemon{socket: cfg.Socket, exited: make(chan struct{})}
 	defer func() {
 		if err != nil {
@@ -213,10 +241,57 @@ func StartVirtiofsd(ctx context.Context, cfg Virtiofsd) (d *Daemon, err error) {
 	if d.started, err = startTime(d.pid); err != nil {
 		return nil, errors.Join(err, d.Stop())
 	}
+	if listener == nil {
+		if err := d.waitUntilItListens(ctx); err != nil {
+			return nil, errors.Join(err, d.Stop())
+		}
+	}
 	if cfg.Log != nil {
 		cfg.Log.Debug("started the virtiofs daemon", "path", cfg.Path, "kind", cfg.Kind, "pid", d.pid)
 	}
 	return d, nil
+}
+
+const (
+	// listenTimeout bounds the time that a daemon takes to bind its socket, looked for every listenPeriod.
+	listenTimeout = 10 * time.Second
+	listenPeriod  = 5 * time.Millisecond
+)
+
+// waitUntilItListens returns when a daemon that binds the socket itself accepts on it. It cannot be tried:
+// the daemon serves the first that connects, and no other. Nor does its exit status tell a failure.
+func (d *Daemon) waitUntilItListens(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, listenTimeout)
+	defer cancel()
+	tick := time.NewTicker(listenPeriod)
+	defer tick.Stop()
+	for {
+		if ok, err := listens(d.socket); ok || err != nil {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-d.exited:
+			return fmt.Errorf("it ended before it listened on %s: %s", d.socket, d.output.read())
+		case <-ctx.Done():
+			return fmt.Errorf("it does not listen on %s: %w", d.socket, ctx.Err())
+		}
+	}
+}
+
+// listens says whether a Unix socket of that path accepts.
+func listens(path string) (bool, error) {
+	const accepts = "00010000" // __SO_ACCEPTCON in the column of the flags
+	table, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return false, err
+	}
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) == 8 && f[3] == accepts && f[7] == path {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // listenOn makes a listening socket whose file stays until Stop.
@@ -277,7 +352,7 @@ func (d *Daemon) exec(argv []string, listener *os.File, cgroupProcs []string) er
 	d.cmd = &exec.Cmd{
 		Path: argv[0], Args: argv, Dir: "/", Env: []string{},
 		Stdout: theirWrite, Stderr: theirWrite,
-		ExtraFiles:  []*os.File{listener, theirRead}, // the first is listenFD
+		ExtraFiles:  []*os.File{listener, theirRead}, // the first is listenFD; it may be nil
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
 	}
 	if err := cgroup.Start(cgroupProcs, d.cmd.SysProcAttr, d.cmd.Start); err != nil {

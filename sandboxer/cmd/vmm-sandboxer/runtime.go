@@ -87,6 +87,9 @@ func newRuntime(cfg *config.Config, dir string, store *handover.Store, log *slog
 	case path == "":
 		log.Warn("no virtiofs daemon is installed: pods get their files by 9p, which is slower; install the package virtiofsd")
 	default:
+		if configured := cfg.Hypervisor.Virtiofsd.Path; configured != "" && configured != path {
+			log.Warn("the configured virtiofs daemon is not there or not usable; another one is used", "key", "hypervisor.virtiofsd_conf.path", "configured", configured, "path", path)
+		}
 		log.Info("virtiofs daemon found", "path", path, "kind", kind)
 		rt.StartVirtiofsd = func(ctx context.Context, c pod.VirtiofsdConfig) (pod.Virtiofsd, error) {
 			d, err := storage.StartVirtiofsd(ctx, storage.Virtiofsd{
