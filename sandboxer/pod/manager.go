@@ -138,7 +138,9 @@ const maxConfig = 1 << 20
 
 // Create checks the request and makes the pod's state directory; nothing runs yet. Errors wrap
 // errdefs' InvalidArgument, AlreadyExists, FailedPrecondition (what a virtual machine cannot do, a
-// network namespace that is gone), or say why the directory cannot be made.
+// network namespace that is gone), or say why the directory cannot be made. An empty NetNS is refused,
+// whoever sends it: it means the node's network, and a pod that got the loopback interface alone instead
+// would fail later and say less. A namespace that is empty is no error; see lateNetwork.
 func (m *Manager) Create(_ context.Context, req CreateRequest) error {
 	if err := CheckID(req.ID); err != nil {
 		return err

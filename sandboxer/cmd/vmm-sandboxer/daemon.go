@@ -76,7 +76,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		MaxSize:        pod.Size{VCPUs: h.MaxVCPUs, MemoryMiB: h.MaxMemoryInMB},
 		MemoryPrealloc: h.EnableMemPrealloc, Debug: console,
 		ISuladAddress: cfg.Sandbox.ISuladTaskAddress,
-		Metrics: service.recovery(dir, registry), Log: log,
+		Metrics:       service.recovery(dir, registry), Log: log,
 	})
 	began := time.Now()
 	if err := manager.Recover(ctx); err != nil {
