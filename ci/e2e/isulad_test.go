@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"kuasar.io/kuasar/ci/e2e/isulad"
 	"kuasar.io/kuasar/ci/e2e/isulad/scenario"
 	"kuasar.io/kuasar/ci/e2e/node"
@@ -86,7 +88,16 @@ func TestISuladRestartsOfTheDaemon(t *testing.T) {
 	for _, i := range isulads {
 		t.Run(i.name, func(t *testing.T) {
 			ctx, n := beginISulad(t)
+			// containerd's go on, too.
+			p := runPod(ctx, t, podConfig(t), node.Handler)
+			id := p.start(ctx, t, container("sleep 1000"))
 			scenario.Restarts(ctx, t, n, i.version)
+			exec(ctx, t, id, "true")
+			// Its connection to the daemon has backed off.
+			eventually(ctx, t, "containerd reaches the daemon", func() bool {
+				answer, err := bed.CRI.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+				return err == nil && answer.Status.State == runtimeapi.PodSandboxState_SANDBOX_READY
+			})
 		})
 	}
 }

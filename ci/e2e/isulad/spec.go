@@ -85,6 +85,11 @@ func Spec(c SpecConfig) ([]byte, error) {
 	slices.SortStableFunc(mounts, func(a, b object) int {
 		return strings.Compare(a["destination"].(string), b["destination"].(string))
 	})
+	rules := []object{{"access": "rwm"}} // none but these
+	for _, number := range [][2]int{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {5, 0}, {5, 2}} {
+		rules = append(rules, object{"allow": true, "type": "c", "major": number[0], "minor": number[1], "access": "rwm"})
+	}
+	rules = append(rules, object{"allow": true, "type": "c", "major": 136, "access": "rwm"})
 	device := func(path string, major, minor int) object {
 		return object{"path": path, "type": "c", "major": major, "minor": minor, "fileMode": 0o666}
 	}
@@ -146,7 +151,7 @@ func Spec(c SpecConfig) ([]byte, error) {
 		"linux": object{
 			"cgroupsPath": "/isulad/" + c.Container,
 			"resources": object{
-				"devices": []object{{"access": "rwm"}, {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}},
+				"devices": rules,
 				"memory":  object{"limit": memory, "swap": memory},
 				"cpu":     object{"shares": 2},
 			},

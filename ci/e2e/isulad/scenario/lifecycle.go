@@ -107,8 +107,9 @@ func execs(h *host, c *container) {
 		}
 	}
 	const size = 300000
-	if got := c.sh("head -c 300000 /dev/zero | tr '\\0' x"); len(got) != size || strings.Trim(got, "x") != "" {
-		t.Errorf("%d bytes of output arrive, not %d", len(got), size)
+	result, err := h.ExecSync(c.id, "/bin/sh", "-c", "head -c 300000 /dev/zero | tr '\\0' x")
+	if got := result.Stdout; err != nil || len(got) != size || strings.Trim(got, "x") != "" || result.Stderr != "" {
+		t.Errorf("%d bytes of output arrive, not %d, %v; stderr is %q", len(got), size, err, result.Stderr)
 	}
 
 	// The end of the client's stdin ends the relaying; before that all goes both ways.

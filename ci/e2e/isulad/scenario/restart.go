@@ -20,7 +20,7 @@ func Restarts(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 		t.Fatal(err)
 	}
 	_, address, _ := h.PodState(p.id)
-	counting := p.start("n=0; until [ -e /end ]; do echo $n; n=$((n+1)); [ $((n % 50)) -ne 0 ] || sleep 0.05; done; exit 11")
+	counting := p.start("n=0; until [ -e /end ]; do echo $n; n=$((n+1)); [ $((n % 50)) -ne 0 ] || sleep 0.05; done; sleep 1; exit 11")
 	for _, way := range []struct {
 		name string
 		end  func(context.Context) error
