@@ -18,7 +18,8 @@ import (
 //
 // An announcement lasts until it is withdrawn or the pod is shut down, also over the daemon's end and
 // whatever became of the container meanwhile: iSulad says nothing when a container ends by itself, and
-// goes on listing it. All methods fail with NotFound for unknown pods.
+// goes on listing it. All methods fail with NotFound for unknown pods, and their errors say what could not
+// be done to which container: a snapshot names several.
 type Containers interface {
 	// Announced returns the ids of the containers that are announced, and for each those of its
 	// processes. The caller may change the result.
@@ -49,23 +50,9 @@ func (c *Controller) prepare(ctx context.Context, pod string, t *task) error {
 		return errNoContainers
 	}
 	if len(t.processes) > 0 {
-		return c.announceProcess(ctx, pod, t.processes[0])
+		return c.containers.AnnounceProcess(ctx, pod, t.processes[0])
 	}
-	return c.announceContainer(ctx, pod, t.CreateRequest)
-}
-
-func (c *Controller) announceContainer(ctx context.Context, pod string, r container.CreateRequest) error {
-	if err := c.containers.AnnounceContainer(ctx, pod, r); err != nil {
-		return fmt.Errorf("cannot announce container %s: %w", r.ID, err)
-	}
-	return nil
-}
-
-func (c *Controller) announceProcess(ctx context.Context, pod string, r container.ExecRequest) error {
-	if err := c.containers.AnnounceProcess(ctx, pod, r); err != nil {
-		return fmt.Errorf("cannot announce process %s of container %s: %w", r.ExecID, r.ID, err)
-	}
-	return nil
+	return c.containers.AnnounceContainer(ctx, pod, t.CreateRequest)
 }
 
 // withdraw succeeds for what is not known: the client asks again until it does.
@@ -73,15 +60,10 @@ func (c *Controller) withdraw(ctx context.Context, pod, id, exec string) error {
 	if c.containers == nil {
 		return errNoContainers
 	}
-	err := c.containers.Withdraw(ctx, pod, id, exec)
-	if err == nil || errdefs.IsNotFound(err) {
-		return nil
+	if err := c.containers.Withdraw(ctx, pod, id, exec); err != nil && !errdefs.IsNotFound(err) {
+		return err
 	}
-	what := "container " + id
-	if exec != "" {
-		what = "process " + exec + " of " + what
-	}
-	return fmt.Errorf("cannot withdraw %s: %w", what, err)
+	return nil
 }
 
 // follow makes what is announced of a pod equal to a snapshot. It goes on after errors: a container
@@ -112,7 +94,7 @@ func (c *Controller) follow(ctx context.Context, pod string, tasks []task) error
 	}
 	failed := map[string]bool{}
 	for _, t := range d.containers {
-		if err := c.announceContainer(ctx, pod, t); err != nil {
+		if err := c.containers.AnnounceContainer(ctx, pod, t); err != nil {
 			failed[t.ID] = true
 			errs = append(errs, err)
 		}
@@ -121,7 +103,7 @@ func (c *Controller) follow(ctx context.Context, pod string, tasks []task) error
 		if failed[p.ID] {
 			continue
 		}
-		if err := c.announceProcess(ctx, pod, p); err != nil {
+		if err := c.containers.AnnounceProcess(ctx, pod, p); err != nil {
 			errs = append(errs, err)
 		}
 	}

@@ -397,8 +397,8 @@ func TestFollowGoesOnAfterErrors(t *testing.T) {
 	pods := &podWithContainers{
 		known: map[string][]string{"old": nil, "stuck": nil}, ctrs: map[string]container.CreateRequest{}, execs: map[string]container.ExecRequest{},
 		errs: map[string]error{
-			"withdraw stuck": errors.New("in use"), "withdraw old": fmt.Errorf("old: %w", errdefs.ErrNotFound),
-			"announce bad": fmt.Errorf("no such directory: %w", errdefs.ErrInvalidArgument),
+			"withdraw stuck": errors.New("cannot withdraw container stuck: in use"), "withdraw old": fmt.Errorf("old: %w", errdefs.ErrNotFound),
+			"announce bad": fmt.Errorf("cannot announce container bad: no such directory: %w", errdefs.ErrInvalidArgument),
 		},
 	}
 	c := New(pods, nil)

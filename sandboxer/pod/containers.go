@@ -49,7 +49,7 @@ func (m *Manager) AnnounceContainer(ctx context.Context, id string, c container.
 		err = p.settleNetwork(ctx)
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("cannot announce container %s in pod %s: %w", c.ID, p.id, err)
 	}
 	return containers.AnnounceContainer(ctx, c)
 }
@@ -62,7 +62,7 @@ func (m *Manager) AnnounceProcess(ctx context.Context, id string, r container.Ex
 	}
 	containers, err := p.announcing()
 	if err != nil {
-		return err
+		return fmt.Errorf("cannot announce process %s of container %s in pod %s: %w", r.ExecID, r.ID, p.id, err)
 	}
 	return containers.AnnounceProcess(ctx, r)
 }
@@ -83,7 +83,7 @@ func (m *Manager) Withdraw(ctx context.Context, id, containerID, exec string) er
 		return nil
 	}
 	if containers == nil || err != nil && !over {
-		return fmt.Errorf("cannot withdraw what is announced of pod %s: %w", p.id, err)
+		return fmt.Errorf("cannot withdraw container %s of pod %s: %w", containerID, p.id, err)
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, m.withdrawLimit, fmt.Errorf("not done within %v", m.withdrawLimit))
 	defer cancel()
