@@ -241,3 +241,30 @@ func TestCheck(t *testing.T) {
 		})
 	}
 }
+
+// TestShippedFiles: what the package installs says what the guide prints, and needs no notes.
+func TestShippedFiles(t *testing.T) {
+	for name, arch := range map[string]string{
+		"config_stratovirt.toml": "arm64", "config_stratovirt_x86_64.toml": "amd64",
+		"config_qemu.toml": "amd64", "config_qemu_aarch64.toml": "arm64",
+	} {
+		text, err := os.ReadFile(filepath.Join("../../defaults", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg, err := parse(string(text), arch)
+		if err != nil || len(cfg.Notes) > 0 {
+			t.Errorf("%s: %v, notes %q", name, err, cfg.Notes)
+		}
+		printed := guide
+		switch name {
+		case "config_stratovirt_x86_64.toml":
+			printed = strings.Replace(guide, `"virt,`, `"q35,`, 1)
+		case "config_qemu.toml", "config_qemu_aarch64.toml":
+			continue
+		}
+		if string(text) != printed {
+			t.Errorf("%s is not what the guide prints", name)
+		}
+	}
+}
