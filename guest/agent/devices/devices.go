@@ -18,7 +18,7 @@ import (
 // sysfs is where the kernel describes devices; tests put their own there.
 var sysfs = "/sys"
 
-// Disk waits for the virtio-blk disk with a serial number and returns its node, such as /dev/vda.
+// Disk waits for the virtio-blk or SCSI disk with a serial number and returns its node, such as /dev/vda.
 // It returns when ctx ends with an error that wraps ctx's.
 func Disk(ctx context.Context, serial string) (string, error) {
 	if serial == "" || len(serial) > maxSerial {
@@ -42,6 +42,15 @@ func findDisk(serial string) (string, bool) {
 			return "/dev/" + filepath.Base(filepath.Dir(name)), true
 		}
 	}
+	// A SCSI disk tells it in a page of its vital product data, after a header of four bytes.
+	const header = 4
+	pages, _ := filepath.Glob(sysfs + "/block/*/device/vpd_pg80")
+	for _, name := range pages {
+		b, err := os.ReadFile(name)
+		if err == nil && len(b) > header && strings.Trim(string(b[header:]), " \n\x00") == serial {
+			return "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(name))), true
+		}
+	}
 	return "", false
 }
 
@@ -53,6 +62,18 @@ func SerialPort(name string) (string, bool) {
 		b, err := os.ReadFile(n)
 		if err == nil && strings.TrimSpace(string(b)) == name {
 			return "/dev/" + filepath.Base(filepath.Dir(n)), true
+		}
+	}
+	return "", false
+}
+
+// NamelessSerialPort returns the node of a first port, such as /dev/vport0p1, that has no name: StratoVirt's
+// have none. A port that has one is without it for a moment after it appeared.
+func NamelessSerialPort() (string, bool) {
+	ports, _ := filepath.Glob(sysfs + "/class/virtio-ports/vport*p1")
+	for _, p := range ports {
+		if _, err := os.Stat(filepath.Join(p, "name")); errors.Is(err, os.ErrNotExist) {
+			return "/dev/" + filepath.Base(p), true
 		}
 	}
 	return "", false

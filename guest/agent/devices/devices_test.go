@@ -31,11 +31,19 @@ func TestFind(t *testing.T) {
 		"block/vda/serial":                 "root",
 		"block/vdb/serial":                 "12345678901234567890", // no newline, as virtio-blk
 		"block/loop0/size":                 "0",
+		"block/sda/device/vpd_pg80":        "\x00\x80\x00\x05disk5",
+		"block/sdb/device/vpd_pg80":        "\x00\x80\x00\x00",
 		"class/virtio-ports/vport0p1/name": "org.example\n",
 		"class/virtio-ports/vport0p2/name": "kuasar.agent.0\n",
 	})
 	if path, ok := findDisk("12345678901234567890"); path != "/dev/vdb" || !ok {
 		t.Errorf("disk: %q, %v", path, ok)
+	}
+	if path, ok := findDisk("disk5"); path != "/dev/sda" || !ok {
+		t.Errorf("SCSI disk: %q, %v", path, ok)
+	}
+	if path, ok := NamelessSerialPort(); ok {
+		t.Errorf("a port with a name was taken for one without: %q", path)
 	}
 	if path, ok := findDisk("1234"); ok {
 		t.Errorf("part of a serial number found %q", path)
@@ -45,6 +53,13 @@ func TestFind(t *testing.T) {
 	}
 	if _, ok := SerialPort("kuasar.agent"); ok {
 		t.Error("part of a port's name was found")
+	}
+}
+
+func TestNamelessSerialPort(t *testing.T) {
+	fakeSysfs(t, map[string]string{"class/virtio-ports/vport2p0/dev": "", "class/virtio-ports/vport2p1/dev": ""})
+	if path, ok := NamelessSerialPort(); path != "/dev/vport2p1" || !ok {
+		t.Errorf("%q, %v", path, ok)
 	}
 }
 

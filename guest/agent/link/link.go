@@ -79,6 +79,12 @@ func find(kind string) *candidate {
 			return &candidate{cmdline.Serial, path}
 		}
 	}
+	if kind == cmdline.Serial {
+		// Only where the host has said that there is one: with names, this port may be another's.
+		if path, ok := devices.NamelessSerialPort(); ok {
+			return &candidate{cmdline.Serial, path}
+		}
+	}
 	return nil
 }
 
@@ -100,12 +106,22 @@ const (
 	retryMax = time.Second
 )
 
+// maxHellos bounds the hosts that are greeted at the same time; there is one, and its predecessor.
+const maxHellos = 4
+
 // vsockLink is the production transport.
 type vsockLink struct{ log *slog.Logger }
 
 func (*vsockLink) String() string { return "vsock" }
 
-func (*vsockLink) Listen(port uint32) (net.Listener, error) {
+func (*vsockLink) Listen(port uint32) (net.Listener, error) { return ListenVsock(port) }
+
+// ContextID is this machine's address on vsock. It fails where there is no vsock.
+func ContextID() (uint32, error) { return vsock.ContextID() }
+
+// ListenVsock listens on a vsock port of this machine for connections of the host; those of others
+// are dropped. The caller closes the listener.
+func ListenVsock(port uint32) (net.Listener, error) {
 	l, err := vsock.Listen(port, nil)
 	if err != nil {
 		return nil, fmt.Errorf("cannot listen on vsock port %d: %w", port, err)
@@ -131,13 +147,60 @@ func (l hostOnly) Accept() (net.Conn, error) {
 }
 
 func (v *vsockLink) Serve(ctx context.Context, hello func(context.Context, net.Conn) error) error {
+	// Before the first call home: a host that has answered it may be replaced at any time.
+	l, err := v.Listen(protocol.PortHello)
+	if err != nil {
+		return err
+	}
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	failed := make(chan error, 1)
+	go func() { failed <- v.greet(ctx, l, hello) }()
+	if err := v.callHome(ctx, hello); err != nil {
+		return err
+	}
+	// From here on the host connects to the listeners, now and after it was restarted.
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case err := <-failed:
+		return err
+	}
+}
+
+// greet says hello to each host that connects, and returns when the listener fails.
+func (v *vsockLink) greet(ctx context.Context, l net.Listener, hello func(context.Context, net.Conn) error) error {
+	defer l.Close()
+	calls := make(chan struct{}, maxHellos)
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return fmt.Errorf("cannot be asked for the hello: %w", err)
+		}
+		select {
+		case calls <- struct{}{}:
+		default:
+			conn.Close()
+			continue
+		}
+		go func() {
+			defer func() { <-calls }()
+			if err := hello(ctx, conn); err != nil {
+				v.log.Debug("a host that asked for the hello did not take it", "error", err)
+			}
+		}()
+	}
+}
+
+// callHome says hello to the host that has booted this machine. One that finds us first, because it is
+// new, ends that too: then nobody may be there to be called.
+func (v *vsockLink) callHome(ctx context.Context, hello func(context.Context, net.Conn) error) error {
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
 		conn, err := vsock.Dial(vsock.Host, protocol.PortHello, nil)
 		if err == nil {
 			err = hello(ctx, conn)
 		}
 		if err == nil {
-			break
+			return nil
 		}
 		v.log.Debug("cannot call home, trying again", "error", err)
 		select {
@@ -146,9 +209,6 @@ func (v *vsockLink) Serve(ctx context.Context, hello func(context.Context, net.C
 		case <-time.After(pause):
 		}
 	}
-	// From here on the host connects to the listeners, now and after it was restarted.
-	<-ctx.Done()
-	return ctx.Err()
 }
 
 // serialLink is the transport for hosts without vsock.
