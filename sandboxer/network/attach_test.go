@@ -652,6 +652,16 @@ func TestAdoptAfterCrash(t *testing.T) {
 	if _, err := a.Adopt(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	inNetns(t, top.pod, func(h *netlink.Handle) error {
+		link, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return h.LinkSetHardwareAddr(link, net.HardwareAddr{2, 1, 1, 1, 1, 1})
+	})
+	if n, err := a.Adopt(t.Context()); err != nil || n.Interfaces[0].Mac != saved.Ports[0].MAC {
+		t.Errorf("when a plugin has set a MAC address: %v, %v", n, err)
+	}
 	next := Restore(saved)
 	n, err := next.Adopt(t.Context())
 	if err != nil || len(n.GetInterfaces()) != 1 {

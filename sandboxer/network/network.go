@@ -160,6 +160,12 @@ func (a *Attachment) adopt(ctx context.Context, h *netlink.Handle) (*protocol.Ne
 			return nil, err
 		}
 	}
+	if len(a.ports) == 1 {
+		// The guest knows its NIC by the address that it has, whatever the interface was given since.
+		if found[0].mac, err = net.ParseMAC(a.ports[0].MAC); err != nil {
+			return nil, err
+		}
+	}
 	guest, err := describe(h, found)
 	if err != nil {
 		return nil, err
