@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,8 @@ type container struct {
 	id      string
 	bundle  string
 	init    *process
+	// direct says that a client makes the container's processes by itself, as announced: see direct.go.
+	direct bool
 
 	// ctx ends when the output of the container's processes is given up.
 	ctx    context.Context
@@ -119,7 +122,7 @@ func (c *container) create(ctx context.Context, announced *specs.Spec) error {
 	err = c.createFrom(spec, sysctls)
 	if err != nil {
 		if !c.init.launched {
-			c.endStreams(c.init.stdio)
+			endStreams(c.init.streams, c.init.stdio)
 		}
 		c.init.fail()
 		return fmt.Errorf("cannot create container %s: %w", c.id, err)
@@ -245,9 +248,21 @@ func (c *container) gone() {
 
 // addExec announces an exec.
 func (c *container) addExec(r *taskapi.ExecProcessRequest) error {
-	p, err := c.newExec(r)
+	if err := checkID("exec", r.ExecID); err != nil {
+		return fmt.Errorf("cannot exec in container %s: %w", c.id, err)
+	}
+	a := announcement{names: stdioNames{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr}, streams: c.service.streams}
+	if c.direct {
+		announced, err := c.service.takeExec(c, r.ExecID)
+		if err != nil {
+			return fmt.Errorf("cannot exec in container %s: %w", c.id, err)
+		}
+		a = *announced
+	}
+	a.names.terminal = r.Terminal
+	p, err := c.newExec(r, &a)
 	if err != nil {
-		c.endStreams(stdioNames{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr})
+		a.end()
 		return fmt.Errorf("cannot exec in container %s: %w", c.id, err)
 	}
 	c.mu.Lock()
@@ -263,10 +278,7 @@ func (c *container) addExec(r *taskapi.ExecProcessRequest) error {
 	return nil
 }
 
-func (c *container) newExec(r *taskapi.ExecProcessRequest) (*process, error) {
-	if err := checkID("exec", r.ExecID); err != nil {
-		return nil, err
-	}
+func (c *container) newExec(r *taskapi.ExecProcessRequest, a *announcement) (*process, error) {
 	if status := c.init.statusNow(); status != task.Status_RUNNING {
 		return nil, fmt.Errorf("it is %s: %w", status, errdefs.ErrFailedPrecondition)
 	}
@@ -277,31 +289,18 @@ func (c *container) newExec(r *taskapi.ExecProcessRequest) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	names := stdioNames{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, terminal: r.Terminal}
-	for _, name := range []string{names.stdin, names.stdout, names.stderr} {
-		if _, err := token(name); err != nil {
+	for _, name := range a.names.all() {
+		if name == "" {
+			continue
+		}
+		if err := a.streams.check(name); err != nil {
 			return nil, err
 		}
 	}
-	p := newProcess(c, r.ExecID, names)
+	p := newProcess(c, r.ExecID, a.names)
+	p.streams, p.peers = a.streams, a.peers
 	p.spec = spec
 	return p, nil
-}
-
-// endStreams gives the host EOF on the streams of a process that will not be.
-func (c *container) endStreams(names stdioNames) {
-	s := c.service.streams
-	if s == nil {
-		return
-	}
-	if t, err := token(names.stdin); err == nil && t != "" {
-		s.input(t).Close()
-	}
-	for _, name := range []string{names.stdout, names.stderr} {
-		if t, err := token(name); err == nil && t != "" {
-			endOutput(s.output(t))
-		}
-	}
 }
 
 func (c *container) startExec(p *process) error {
@@ -321,9 +320,10 @@ func (c *container) startExec(p *process) error {
 	}
 	if err != nil {
 		if !p.launched {
-			c.endStreams(p.stdio)
+			endStreams(p.streams, p.stdio)
 		}
 		p.fail()
+		go c.execExited(p)
 		return fmt.Errorf("cannot start exec %s: %w", p.execID, err)
 	}
 	go c.execExited(p)
@@ -339,6 +339,9 @@ func (c *container) execExited(p *process) {
 		return
 	}
 	c.exitedExecs = append(c.exitedExecs, p)
+	if p.purged {
+		c.forgetSoon(p)
+	}
 	for len(c.exitedExecs) > maxExited {
 		oldest := c.exitedExecs[0]
 		c.exitedExecs = c.exitedExecs[1:]
@@ -380,12 +383,23 @@ func (c *container) kill(p *process, sig unix.Signal, all bool) error {
 }
 
 // pids lists the processes of the container; it is not empty while init is there.
+//
+// Clients of direct containers look at the first one only and crash without: there it is init, also
+// when it has ended, for as long as the container is not deleted.
 func (c *container) pids() ([]int, error) {
 	lc, err := c.library()
+	first := int(c.init.pidNow())
 	if err != nil {
+		if c.direct && first != 0 {
+			return []int{first}, nil
+		}
 		return nil, err
 	}
 	pids, err := lc.Processes()
+	if c.direct && first != 0 {
+		rest := slices.DeleteFunc(pids, func(pid int) bool { return pid == first })
+		return append([]int{first}, rest...), nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot list the processes of container %s: %w", c.id, err)
 	}
@@ -465,7 +479,7 @@ func (c *container) finish() error {
 	c.mu.Unlock()
 	for _, p := range idle {
 		// Nobody can start it any more, but somebody may wait for it.
-		c.endStreams(p.stdio)
+		endStreams(p.streams, p.stdio)
 		p.fail()
 	}
 	if lc, err := c.library(); err == nil {
@@ -474,7 +488,7 @@ func (c *container) finish() error {
 		}
 		c.gone()
 	}
-	c.cancel()
+	c.giveUp()
 	return nil
 }
 
@@ -482,7 +496,7 @@ func (c *container) finish() error {
 func (c *container) removeExec(ctx context.Context, p *process) error {
 	switch {
 	case p.claim():
-		c.endStreams(p.stdio)
+		endStreams(p.streams, p.stdio)
 		p.fail()
 	case p.statusNow() == task.Status_STOPPED:
 		if err := await(ctx, p.done); err != nil {

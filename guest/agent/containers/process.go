@@ -25,14 +25,24 @@ type process struct {
 	c      *container
 	execID string // "" for init
 	stdio  stdioNames
-	spec   *specs.Process
-	lp     *libcontainer.Process
-	io     *processIO
+	// streams are where those of stdio are found. peers are those among them for which the guest
+	// listens; nil for none.
+	streams streams
+	peers   *peers
+	spec    *specs.Process
+	lp      *libcontainer.Process
+	io      *processIO
 
 	exited chan struct{} // closed when the process has been reaped
-	done   chan struct{} // closed when also its output is at the host
+	// done is closed when also its output is at the host, or need not be for the exit to be reported:
+	// see reportAfter. delivered is closed when it is there, or is given up.
+	done      chan struct{}
+	delivered chan struct{}
 
 	launched bool // launch has been called and looks after the streams
+
+	// purged says that the announcement of an exec was taken back. It is guarded by the container's mu.
+	purged bool
 
 	mu         sync.Mutex
 	status     task.Status
@@ -46,12 +56,14 @@ type process struct {
 
 func newProcess(c *container, execID string, names stdioNames) *process {
 	return &process{
-		c:      c,
-		execID: execID,
-		stdio:  names,
-		exited: make(chan struct{}),
-		done:   make(chan struct{}),
-		status: task.Status_CREATED,
+		c:         c,
+		execID:    execID,
+		stdio:     names,
+		streams:   c.service.streams,
+		exited:    make(chan struct{}),
+		done:      make(chan struct{}),
+		delivered: make(chan struct{}),
+		status:    task.Status_CREATED,
 	}
 }
 
@@ -112,7 +124,7 @@ func (p *process) launch(lc func(*libcontainer.Process) error, uid, gid int) err
 	}
 	p.launched = true
 	lp.Init = p.execID == ""
-	streams, err := openIO(p.stdio, p.c.service.streams, lp, uid, gid)
+	streams, err := openIO(p.stdio, p.streams, lp, uid, gid)
 	if err != nil {
 		return err
 	}
@@ -159,6 +171,11 @@ func (p *process) fail() {
 	p.status, p.exitStatus, p.exitedAt = task.Status_STOPPED, startFailed, time.Now()
 	close(p.exited)
 	close(p.done)
+	close(p.delivered)
+	if p.peers != nil {
+		// The client's end of an exec that failed waits for its streams as it does for those of others.
+		go p.peers.finish(func() {})
+	}
 }
 
 // startFailed is the exit status of a process that never ran; containerd reports 128 as well.
@@ -183,8 +200,44 @@ func (p *process) reap() {
 	if p.execID == "" {
 		p.c.initExited()
 	}
-	p.io.finish()
+	go func() {
+		defer close(p.delivered)
+		p.peers.finish(p.io.finish)
+	}()
+	p.reported()
 	close(p.done)
+}
+
+// reported returns when the exit may be told: see reportAfter.
+func (p *process) reported() {
+	limit, bounded := p.reportAfter()
+	if !bounded {
+		<-p.delivered
+		return
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-p.delivered:
+	case <-timer.C:
+	}
+}
+
+// reportAfter is how long at most after a process's exit it is reported although not all of its
+// output is at the host. A daemon that makes a process takes its output, too, and nobody is told of
+// the exit before: there is no bound. The client of a direct container must learn of the exit even
+// while the daemon is away that takes the output. And a client for which the guest listens reads
+// until the streams end, whenever it is told: it may not have connected yet, or never do so.
+func (p *process) reportAfter() (limit time.Duration, bounded bool) {
+	if !p.c.direct {
+		return 0, false
+	}
+	for _, name := range p.stdio.all()[1:] {
+		if name != "" && (p.peers == nil || p.peers.all[name] == nil) {
+			return p.c.service.limits.report, true
+		}
+	}
+	return 0, p.peers != nil
 }
 
 // exitStatus is the code that a shell would report: of a signal, 128 more than its number.

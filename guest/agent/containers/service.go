@@ -23,6 +23,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"slices"
 	"sync"
@@ -63,6 +64,15 @@ type Options struct {
 	// before the exit of that process is reported. It must not block.
 	OnOOM func(containerID string)
 
+	// OnDelete is told of each direct container that its client has deleted, once nothing uses its
+	// files any more. It must not block.
+	OnDelete func(containerID string)
+	// Listen listens for connections of the host, and of nobody else, on a vsock port of this guest,
+	// whose context id ContextID returns. Without them processes cannot have streams for which the
+	// guest listens.
+	Listen    func(port uint32) (net.Listener, error)
+	ContextID func() (uint32, error)
+
 	// StateDir, Cgroup and StorageDir are for tests; empty means DefaultStateDir, DefaultCgroup
 	// and protocol.StorageDir.
 	StateDir   string
@@ -76,12 +86,20 @@ type Options struct {
 type Service struct {
 	log        *slog.Logger
 	onOOM      func(string)
+	onDelete   func(string)
+	listen     func(port uint32) (net.Listener, error)
+	contextID  func() (uint32, error)
+	limits     limits
 	streams    streams
 	stateDir   string
 	cgroup     string
 	storageDir string
 
+	// announcing is held while processes are announced. It comes before mu.
+	announcing sync.Mutex
+
 	mu         sync.Mutex
+	listening  map[uint32]*peer
 	prepared   map[string]*preparation
 	containers map[string]*container
 	stopping   bool
@@ -93,6 +111,17 @@ var _ taskapi.TTRPCTaskService = (*Service)(nil)
 type preparation struct {
 	spec   *specs.Spec
 	mounts *storageMounts
+
+	// The rest is of direct containers.
+
+	// main is the announcement of the init process; nil says that the container is not direct.
+	main *announcement
+	// made says that the container was created, or its creation failed. It is not created again.
+	made bool
+	// deleted is the container once its client has deleted it. Its output may still be on its way.
+	deleted *container
+	// execs are the announced ones that are not made, by their ids.
+	execs map[string]*announcement
 }
 
 // New returns a Service without containers.
@@ -105,9 +134,15 @@ func New(opts Options) *Service {
 		storageDir: opts.StorageDir,
 		prepared:   map[string]*preparation{},
 		containers: map[string]*container{},
+		onDelete:   opts.OnDelete,
+		listen:     opts.Listen,
+		contextID:  opts.ContextID,
+		limits:     defaultLimits,
+		listening:  map[uint32]*peer{},
+		streams:    hubStreams{opts.Hub},
 	}
-	if opts.Hub != nil {
-		s.streams = hubStreams{opts.Hub}
+	if s.onDelete == nil {
+		s.onDelete = func(string) {}
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -188,6 +223,9 @@ func (s *Service) Prepare(_ context.Context, r *protocol.PrepareContainerRequest
 	delete(s.prepared, id)
 	s.mu.Unlock()
 	if old != nil {
+		for _, a := range old.unmade() {
+			a.replaced()
+		}
 		if err := old.mounts.unmount(); err != nil {
 			return fmt.Errorf("cannot prepare container %s again: %w", id, err)
 		}
@@ -197,13 +235,23 @@ func (s *Service) Prepare(_ context.Context, r *protocol.PrepareContainerRequest
 	if err != nil {
 		return fmt.Errorf("cannot prepare container %s: %w", id, err)
 	}
+	p := &preparation{spec: spec, mounts: mounts}
+	if r.GetDirect() != nil {
+		if p.main, err = s.announce(r.GetDirect()); err != nil {
+			mounts.unmount()
+			return fmt.Errorf("cannot prepare container %s: %w", id, err)
+		}
+	}
 	s.mu.Lock()
 	raced := s.prepared[id] != nil || s.containers[id] != nil
 	if !raced {
-		s.prepared[id] = &preparation{spec: spec, mounts: mounts}
+		s.prepared[id] = p
 	}
 	s.mu.Unlock()
 	if raced {
+		for _, a := range p.unmade() {
+			a.replaced()
+		}
 		mounts.unmount()
 		return fmt.Errorf("cannot prepare container %s: it is being prepared by another call: %w", id, errdefs.ErrAlreadyExists)
 	}
@@ -233,6 +281,14 @@ func (s *Service) Purge(ctx context.Context, id string) error {
 	s.mu.Unlock()
 	if p == nil {
 		return nil
+	}
+	for _, a := range p.unmade() {
+		a.end()
+	}
+	p.main, p.execs = nil, nil
+	if p.deleted != nil {
+		p.deleted.cancel()
+		p.deleted = nil
 	}
 	if err := p.mounts.unmount(); err != nil {
 		s.mu.Lock()
@@ -321,8 +377,15 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (*co
 		err = fmt.Errorf("cannot create container %s: it exists: %w", r.ID, errdefs.ErrAlreadyExists)
 	case prepared == nil:
 		err = fmt.Errorf("cannot create container %s: it was not announced with PrepareContainer: %w", r.ID, errdefs.ErrFailedPrecondition)
+	case prepared.made:
+		err = fmt.Errorf("cannot create container %s: it was created before as announced, and its streams have ended: announce it again: %w",
+			r.ID, errdefs.ErrFailedPrecondition)
 	default:
 		s.containers[r.ID] = c
+		if prepared.main != nil {
+			prepared.made = true
+			c.serveDirectly(prepared.main)
+		}
 	}
 	s.mu.Unlock()
 	if err != nil {
@@ -376,7 +439,8 @@ func (s *Service) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.St
 	return response, nil
 }
 
-// Wait returns when the process has exited and the host has taken all of its output.
+// Wait returns when the process has exited and the host has taken all of its output. Of a direct
+// container it does not wait long for the latter: see process.reportAfter.
 func (s *Service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
 	_, p, err := s.process(r.ID, r.ExecID)
 	if err != nil {
@@ -411,7 +475,7 @@ func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 	if err == nil {
 		if p == c.init {
 			if err = c.remove(ctx); err == nil {
-				s.forget(c)
+				s.deleted(c)
 			}
 		} else {
 			err = c.removeExec(ctx, p)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,6 +32,9 @@ func (c *container) stats() (*anypb.Any, error) {
 	c.mu.Unlock()
 	if cgroup.unified {
 		events, _ := os.ReadFile(filepath.Join(cgroup.dir, "memory.events"))
+		if c.direct {
+			return anyOf(legacyMetrics(legacyStats(measured.CgroupStats), events))
+		}
 		return anyOf(unifiedMetrics(measured.CgroupStats, events))
 	}
 	control, _ := os.ReadFile(filepath.Join(cgroup.dir, "memory.oom_control"))
@@ -244,6 +248,35 @@ func legacyMetrics(s *cgroups.Stats, control []byte) *cgroup1.Metrics {
 		})
 	}
 	return metrics
+}
+
+// legacyStats renames what was measured with cgroup v2 as v1 has it, for clients that know nothing else.
+// v2 only knows sums over the children, which containers do not have unless they make them.
+func legacyStats(s *cgroups.Stats) *cgroups.Stats {
+	legacy := *s
+	unified := s.MemoryStats.Stats
+	renamed := map[string]uint64{
+		"hierarchical_memory_limit": s.MemoryStats.Usage.Limit,
+	}
+	for name, from := range map[string]string{
+		"cache": "file", "rss": "anon", "rss_huge": "anon_thp", "mapped_file": "file_mapped",
+		"dirty": "file_dirty", "writeback": "file_writeback", "pgfault": "pgfault", "pgmajfault": "pgmajfault",
+		"inactive_anon": "inactive_anon", "active_anon": "active_anon",
+		"inactive_file": "inactive_file", "active_file": "active_file", "unevictable": "unevictable",
+	} {
+		renamed[name] = unified[from]
+		renamed["total_"+name] = unified[from]
+	}
+	legacy.MemoryStats.Stats = renamed
+	// The library adds two limits, of which one may be none.
+	legacy.MemoryStats.SwapUsage.Limit = max(s.MemoryStats.SwapUsage.Limit, s.MemoryStats.Usage.Limit)
+	// Kernels before 5.18 tell only parts of it. There is no limit of its own.
+	kernel, ok := unified["kernel"]
+	if !ok {
+		kernel = unified["kernel_stack"] + unified["slab"] + unified["percpu"] + unified["pagetables"]
+	}
+	legacy.MemoryStats.KernelUsage = cgroups.MemoryData{Usage: kernel, Limit: math.MaxUint64}
+	return &legacy
 }
 
 // blkioEntries converts the figures of disks. Sums are left out and the operations are in lower

@@ -6,15 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
-
-	"kuasar.io/kuasar/guest/protocol"
 )
 
 const (
@@ -50,17 +46,8 @@ type stdioNames struct {
 	terminal              bool
 }
 
-// token returns the token in the name of a stream, or "" for no stream.
-func token(name string) (string, error) {
-	if name == "" {
-		return "", nil
-	}
-	t, ok := strings.CutPrefix(name, protocol.StdioScheme)
-	if !ok || t == "" {
-		return "", fmt.Errorf("standard stream %q is not of the form %s<token>: %w", name, protocol.StdioScheme, errdefs.ErrInvalidArgument)
-	}
-	return t, nil
-}
+// all lists the names in the order of their descriptors; empty ones stand for no stream.
+func (n stdioNames) all() []string { return []string{n.stdin, n.stdout, n.stderr} }
 
 // processIO joins the standard streams of one process with the host's. It is opened before the
 // process starts, then either begun or aborted; once begun, finish must be called at the exit.
@@ -83,22 +70,21 @@ type processIO struct {
 // the user of the process, so that it can open /dev/stdout again.
 func openIO(names stdioNames, s streams, lp *libcontainer.Process, uid, gid int) (_ *processIO, err error) {
 	p := &processIO{terminal: names.terminal}
-	var tokens [3]string
-	for i, name := range []string{names.stdin, names.stdout, names.stderr} {
-		if tokens[i], err = token(name); err != nil {
-			return nil, err
+	for _, name := range names.all() {
+		if name == "" {
+			continue
 		}
-		if tokens[i] != "" && s == nil {
-			return nil, fmt.Errorf("standard stream %q: the agent has no connection for streams: %w", name, errdefs.ErrUnavailable)
+		if err := s.check(name); err != nil {
+			return nil, err
 		}
 	}
 	// From here on the host's streams are ours to end, also in failure.
-	if tokens[0] != "" {
-		p.in = s.input(tokens[0])
+	if names.stdin != "" {
+		p.in = s.input(names.stdin)
 	}
-	for i, t := range tokens[1:] {
-		if t != "" {
-			p.outs[i] = s.output(t)
+	for i, name := range names.all()[1:] {
+		if name != "" {
+			p.outs[i] = s.output(name)
 		}
 	}
 	defer func() {

@@ -90,7 +90,7 @@ func find(kind string) *candidate {
 
 func open(c *candidate, log *slog.Logger) (Link, error) {
 	if c.kind == cmdline.Vsock {
-		return &vsockLink{log: log}, nil
+		return newVsockLink(log), nil
 	}
 	// The device node may lag behind its description, but not for long.
 	fd, err := unix.Open(c.path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
@@ -110,11 +110,21 @@ const (
 const maxHellos = 4
 
 // vsockLink is the production transport.
-type vsockLink struct{ log *slog.Logger }
+type vsockLink struct {
+	log    *slog.Logger
+	listen func(port uint32) (net.Listener, error)
+	dial   func() (net.Conn, error) // to the host's protocol.PortHello
+}
+
+func newVsockLink(log *slog.Logger) *vsockLink {
+	return &vsockLink{log: log, listen: ListenVsock, dial: func() (net.Conn, error) {
+		return vsock.Dial(vsock.Host, protocol.PortHello, nil)
+	}}
+}
 
 func (*vsockLink) String() string { return "vsock" }
 
-func (*vsockLink) Listen(port uint32) (net.Listener, error) { return ListenVsock(port) }
+func (v *vsockLink) Listen(port uint32) (net.Listener, error) { return v.listen(port) }
 
 // ContextID is this machine's address on vsock. It fails where there is no vsock.
 func ContextID() (uint32, error) { return vsock.ContextID() }
@@ -191,11 +201,10 @@ func (v *vsockLink) greet(ctx context.Context, l net.Listener, hello func(contex
 	}
 }
 
-// callHome says hello to the host that has booted this machine. One that finds us first, because it is
-// new, ends that too: then nobody may be there to be called.
+// callHome says hello to the host that has booted this machine, or to the one that comes after it.
 func (v *vsockLink) callHome(ctx context.Context, hello func(context.Context, net.Conn) error) error {
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
-		conn, err := vsock.Dial(vsock.Host, protocol.PortHello, nil)
+		conn, err := v.dial()
 		if err == nil {
 			err = hello(ctx, conn)
 		}

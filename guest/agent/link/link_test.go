@@ -1,9 +1,15 @@
 package link
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"io"
+	"log/slog"
 	"net"
+	"path/filepath"
 	"testing"
+	"time"
 
 	"kuasar.io/kuasar/guest/protocol"
 )
@@ -58,5 +64,69 @@ func TestListener(t *testing.T) {
 	s.listeners[1024].deliver(a) // does not block, and hangs up
 	if _, err := b.Read(make([]byte, 1)); err == nil {
 		t.Error("a connection to a closed listener lives")
+	}
+}
+
+// A host that did not boot the machine learns who is there by connecting to the agent, whether or not
+// the agent has found one to call.
+func TestHelloToWhoeverConnects(t *testing.T) {
+	for _, called := range []bool{true, false} {
+		path := filepath.Join(t.TempDir(), "h")
+		v := &vsockLink{log: slog.New(slog.DiscardHandler)}
+		v.listen = func(port uint32) (net.Listener, error) {
+			if port != protocol.PortHello {
+				return nil, fmt.Errorf("port %d", port)
+			}
+			return net.Listen("unix", path)
+		}
+		home := make(chan net.Conn, 1)
+		v.dial = func() (net.Conn, error) {
+			if !called {
+				return nil, errors.New("nobody is at home")
+			}
+			a, b := net.Pipe()
+			home <- b
+			return a, nil
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() {
+			ended <- v.Serve(ctx, func(_ context.Context, conn net.Conn) error {
+				return Greet(conn, &protocol.Hello{AgentVersion: "x"})
+			})
+		}()
+		ask := func(conn net.Conn) {
+			t.Helper()
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			h := new(protocol.Hello)
+			if err := protocol.ReadMessage(conn, h); err != nil || h.AgentVersion != "x" {
+				t.Errorf("the host read %v, %v", h, err)
+			}
+			if err := protocol.WriteMessage(conn, &protocol.HelloReply{ProtocolVersion: 1}); err != nil {
+				t.Error(err)
+			}
+			io.Copy(io.Discard, conn) // until the agent hangs up, which is when it may be asked again
+		}
+		if called {
+			ask(<-home)
+		}
+		for range 3 * maxHellos {
+			var conn net.Conn
+			for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+				var err error
+				if conn, err = net.Dial("unix", path); err == nil {
+					break
+				}
+				if time.Now().After(deadline) {
+					t.Fatal(err)
+				}
+			}
+			ask(conn)
+		}
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("ended with %v", err)
+		}
 	}
 }

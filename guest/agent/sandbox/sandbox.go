@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,6 +26,10 @@ import (
 type Containers interface {
 	Prepare(context.Context, *protocol.PrepareContainerRequest) error
 	Purge(ctx context.Context, id string) error
+	PrepareProcess(context.Context, *protocol.PrepareProcessRequest) error
+	PurgeProcess(context.Context, *protocol.PurgeProcessRequest) error
+	// Deleted lists the direct containers that were deleted and not purged since.
+	Deleted() []string
 }
 
 // Options of a Service.
@@ -243,13 +248,19 @@ func (s *Service) PurgeContainer(ctx context.Context, r *protocol.PurgeContainer
 }
 
 // PrepareProcess announces a process of a direct container.
-func (s *Service) PrepareProcess(context.Context, *protocol.PrepareProcessRequest) (*protocol.PrepareProcessResponse, error) {
-	return nil, errgrpc.ToGRPC(fmt.Errorf("cannot prepare a process: %w", errdefs.ErrNotImplemented))
+func (s *Service) PrepareProcess(ctx context.Context, r *protocol.PrepareProcessRequest) (*protocol.PrepareProcessResponse, error) {
+	if err := s.Containers.PrepareProcess(ctx, r); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return &protocol.PrepareProcessResponse{}, nil
 }
 
 // PurgeProcess takes its announcement back.
-func (s *Service) PurgeProcess(context.Context, *protocol.PurgeProcessRequest) (*protocol.PurgeProcessResponse, error) {
-	return nil, errgrpc.ToGRPC(fmt.Errorf("cannot purge a process: %w", errdefs.ErrNotImplemented))
+func (s *Service) PurgeProcess(ctx context.Context, r *protocol.PurgeProcessRequest) (*protocol.PurgeProcessResponse, error) {
+	if err := s.Containers.PurgeProcess(ctx, r); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return &protocol.PurgeProcessResponse{}, nil
 }
 
 // SetClock steps the clock.
@@ -267,9 +278,26 @@ func (s *Service) OOM(containerID string) {
 	s.events.push(&protocol.Event{Event: &protocol.Event_OomContainerId{OomContainerId: containerID}})
 }
 
+// Deleted queues the event that a client has deleted a direct container. It does not block; the id is
+// one that Prepare has accepted.
+func (s *Service) Deleted(containerID string) { s.events.push(deleted(containerID)) }
+
+func deleted(containerID string) *protocol.Event {
+	return &protocol.Event{Event: &protocol.Event_DeletedContainerId{DeletedContainerId: containerID}}
+}
+
 // Events streams what happened since the last stream ended, and what happens. A second stream
 // shares the events with the first: there is one host.
+//
+// Of deleted containers each stream tells all that are not purged: whoever took an earlier stream may
+// have ended before it could do its part.
 func (s *Service) Events(ctx context.Context, _ *protocol.EventsRequest, stream protocol.Sandbox_EventsServer) error {
+	s.events.drop(func(e *protocol.Event) bool { return e.GetDeletedContainerId() != "" })
+	for _, id := range s.Containers.Deleted() {
+		if err := stream.Send(deleted(id)); err != nil {
+			return err
+		}
+	}
 	for {
 		e, err := s.events.pop(ctx)
 		if err != nil {
@@ -310,6 +338,13 @@ func (q *queue) push(e *protocol.Event) { q.add(func() { q.events = append(q.eve
 // unpop puts an event back that could not be delivered.
 func (q *queue) unpop(e *protocol.Event) {
 	q.add(func() { q.events = append([]*protocol.Event{e}, q.events...) })
+}
+
+// drop removes the events that are told in another way.
+func (q *queue) drop(told func(*protocol.Event) bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.events = slices.DeleteFunc(q.events, told)
 }
 
 func (q *queue) add(change func()) {

@@ -87,6 +87,11 @@ type containers struct{ err error }
 
 func (c containers) Prepare(context.Context, *protocol.PrepareContainerRequest) error { return c.err }
 func (c containers) Purge(context.Context, string) error                              { return c.err }
+func (c containers) PrepareProcess(context.Context, *protocol.PrepareProcessRequest) error {
+	return c.err
+}
+func (c containers) PurgeProcess(context.Context, *protocol.PurgeProcessRequest) error { return c.err }
+func (c containers) Deleted() []string                                                 { return nil }
 
 func TestErrorsCarryTheirClass(t *testing.T) {
 	s := New(Options{Containers: containers{}})
@@ -99,6 +104,12 @@ func TestErrorsCarryTheirClass(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := s.PurgeContainer(context.Background(), nil); status.Code(err) != codes.DeadlineExceeded {
+		t.Error(err)
+	}
+	if _, err := s.PrepareProcess(context.Background(), nil); status.Code(err) != codes.DeadlineExceeded {
+		t.Error(err)
+	}
+	if _, err := s.PurgeProcess(context.Background(), nil); status.Code(err) != codes.DeadlineExceeded {
 		t.Error(err)
 	}
 	if _, err := s.SetClock(context.Background(), &protocol.SetClockRequest{}); err == nil {
@@ -121,7 +132,7 @@ func (s *stream) Send(e *protocol.Event) error {
 }
 
 func TestEventsSurviveTheStream(t *testing.T) {
-	s := New(Options{})
+	s := New(Options{Containers: containers{}})
 	for i := range maxEvents + 10 {
 		s.OOM(fmt.Sprint("c", i))
 	}
@@ -148,6 +159,46 @@ func TestEventsSurviveTheStream(t *testing.T) {
 	cancel()
 	if err := <-ended; status.Code(err) != codes.Canceled {
 		t.Errorf("ended with %v", err)
+	}
+}
+
+type deletions struct {
+	containers
+	ids []string
+}
+
+func (d deletions) Deleted() []string { return d.ids }
+
+// Each stream tells of all deleted containers that are not purged, and then of those to come.
+func TestEventsTellOfDeletedContainersAgain(t *testing.T) {
+	gone := &deletions{ids: []string{"a"}}
+	s := New(Options{Containers: gone})
+	s.OOM("a")
+	s.Deleted("a") // while nobody listened; and b, which is purged since
+	s.Deleted("b")
+	for _, want := range []string{"deleted a, oom a", "deleted a"} {
+		ctx, cancel := context.WithCancel(context.Background())
+		taken := &stream{sent: make(chan *protocol.Event)}
+		ended := make(chan error, 1)
+		go func() { ended <- s.Events(ctx, nil, taken) }()
+		var got []string
+		for range strings.Split(want, ", ") {
+			e := <-taken.sent
+			if id := e.GetDeletedContainerId(); id != "" {
+				got = append(got, "deleted "+id)
+			} else {
+				got = append(got, "oom "+e.GetOomContainerId())
+			}
+		}
+		if got := strings.Join(got, ", "); got != want {
+			t.Errorf("told %q, want %q", got, want)
+		}
+		s.Deleted("c")
+		if e := <-taken.sent; e.GetDeletedContainerId() != "c" {
+			t.Errorf("then %v", e)
+		}
+		cancel()
+		<-ended
 	}
 }
 

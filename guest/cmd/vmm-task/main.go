@@ -91,6 +91,10 @@ func run() error {
 		Hub:   hub,
 		Log:   log.Logger,
 		OnOOM: func(id string) { pod.OOM(id) },
+
+		OnDelete:  func(id string) { pod.Deleted(id) },
+		Listen:    link.ListenVsock,
+		ContextID: link.ContextID,
 	})
 	machine := &shutdown.Machine{Stop: tasks.StopAll, Flush: log.Flush, Log: log.Logger}
 	pod = sandbox.New(sandbox.Options{
@@ -172,7 +176,12 @@ func start(name string, part func() error) {
 }
 
 func hello() *protocol.Hello {
-	h := &protocol.Hello{ProtocolVersion: protocol.Version, OldestHost: protocol.OldestHost, AgentVersion: version.String()}
+	h := &protocol.Hello{
+		ProtocolVersion: protocol.Version,
+		OldestHost:      protocol.OldestHost,
+		AgentVersion:    version.String(),
+		Features:        []string{protocol.FeatureDirect},
+	}
 	var names unix.Utsname
 	if err := unix.Uname(&names); err == nil {
 		h.KernelRelease = unix.ByteSliceToString(names.Release[:])
