@@ -47,6 +47,9 @@ type Sandbox struct {
 	// ISuladTaskAddress is the form of the task addresses that iSulad gets: one of the TaskAddress
 	// constants.
 	ISuladTaskAddress string
+	// BootTimeoutInS is how many seconds a pod's machine may take to boot, up to 600; 0 means the
+	// daemon's own limit, below the time-out of 10 s that clients have.
+	BootTimeoutInS int
 }
 
 // The forms of an address of a pod's task API. TaskAddressAuto means by vsock in the form that the
@@ -107,6 +110,8 @@ const (
 	maxVCPUs     = 64
 	minMemoryMiB = 64
 	maxMemoryMiB = 512 << 10
+	// maxBootTimeout is beyond the time-outs of all clients, in seconds.
+	maxBootTimeout = 600
 	// maxKernelParams leaves room for the driver's own within the 2048 bytes that x86 keeps.
 	maxKernelParams = 1536
 )
@@ -189,6 +194,9 @@ func (c *Config) validate(arch string, wrong func(key, msg string) error) error 
 	}
 	oneOf("hypervisor.block_device_driver", h.BlockDeviceDriver, BlockVirtioBlk, BlockVirtioSCSI)
 
+	if s := c.Sandbox.BootTimeoutInS; s < 0 || s > maxBootTimeout {
+		bad("sandbox.boot_timeout_in_s", "%d s is not within 0 and %d", s, maxBootTimeout)
+	}
 	if h.VCPUs < 1 || h.VCPUs > maxVCPUs {
 		bad("hypervisor.vcpus", "%d is not within 1 and %d", h.VCPUs, maxVCPUs)
 	}

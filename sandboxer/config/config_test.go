@@ -139,6 +139,7 @@ func TestRefused(t *testing.T) {
 		"task address":     {"[sandbox]\nisulad_task_address = \"tcp\"\n", []string{"line 2: sandbox.isulad_task_address", "auto, vsock, ttrpc+vsock, unix"}},
 		"few vcpus":        {"[hypervisor]\nvcpus = 3\nmax_vcpus = 2\n", []string{"line 3: hypervisor.max_vcpus", "hypervisor.vcpus = 3"}},
 		"no vcpus at all":  {"[hypervisor]\nmax_vcpus = -1\n", []string{"line 2: hypervisor.max_vcpus"}},
+		"boot timeout":     {"[sandbox]\nboot_timeout_in_s = 601\n", []string{"line 2: sandbox.boot_timeout_in_s", "0 and 600"}},
 		"memory limit":     {"[hypervisor]\nmax_memory_in_mb = 512\n", []string{"line 2: hypervisor.max_memory_in_mb", "1024"}},
 		"firmware":         {"[hypervisor]\nfirmware = \"OVMF.fd\"\n", []string{"line 2: hypervisor.firmware", "absolute"}},
 		"both":             {"[hypervisor]\nimage_path = \"/i\"\ninitrd_path = \"/r\"\n", []string{"line 2: hypervisor.image_path", "initrd_path", "/r"}},

@@ -15,6 +15,7 @@ func (c *Config) fields() map[string]any {
 	return map[string]any{
 		"sandbox.log_level":              &c.Sandbox.LogLevel,
 		"sandbox.isulad_task_address":    &c.Sandbox.ISuladTaskAddress,
+		"sandbox.boot_timeout_in_s":      &c.Sandbox.BootTimeoutInS,
 		"hypervisor.path":                &h.Path,
 		"hypervisor.machine_type":        &h.MachineType,
 		"hypervisor.kernel_path":         &h.KernelPath,

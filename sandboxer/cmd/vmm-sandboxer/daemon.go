@@ -76,6 +76,7 @@ func serve(ctx context.Context, s settings, cfg *config.Config, service *service
 		MaxSize:        pod.Size{VCPUs: h.MaxVCPUs, MemoryMiB: h.MaxMemoryInMB},
 		MemoryPrealloc: h.EnableMemPrealloc, Debug: console,
 		ISuladAddress: cfg.Sandbox.ISuladTaskAddress,
+		BootLimit:     time.Duration(cfg.Sandbox.BootTimeoutInS) * time.Second,
 		Metrics:       service.recovery(dir, registry), Log: log,
 	})
 	began := time.Now()
