@@ -69,6 +69,10 @@ func newRuntime(cfg *config.Config, dir string, store *handover.Store, log *slog
 		rt.Vsock = pod.ClaimVsock
 	} else {
 		log.Info("this host has no vsock for guests; they are reached through a serial port", "device", pod.VsockDevice, "error", err)
+		if form := cfg.Sandbox.ISuladTaskAddress; form != config.TaskAddressAuto && form != config.TaskAddressUnix {
+			log.Warn("without vsock iSulad's pods get Unix sockets as task addresses, whatever is configured",
+				"key", "sandbox.isulad_task_address", "configured", form)
+		}
 	}
 	share, err := shareType(cfg.Hypervisor.KernelParams)
 	if err != nil {
