@@ -99,6 +99,19 @@ type Hypervisor struct {
 	Virtiofsd   Virtiofsd
 }
 
+// DefaultFirmware is where openEuler's package edk2-ovmf has the firmware of x86_64.
+const DefaultFirmware = "/usr/share/edk2/ovmf/OVMF_CODE.fd"
+
+// StratoVirtFirmware is the firmware of StratoVirt's machine: the configured one, or for q35, which does not
+// boot without, the usual one, which the guide's file does not name.
+func (h Hypervisor) StratoVirtFirmware() string {
+	machine, _, _ := strings.Cut(strings.TrimPrefix(h.MachineType, "type="), ",")
+	if h.Firmware == "" && machine == "q35" {
+		return DefaultFirmware
+	}
+	return h.Firmware
+}
+
 // Virtiofsd is the table [hypervisor.virtiofsd_conf].
 type Virtiofsd struct {
 	// Path of the virtiofs daemon, or empty to search for one.

@@ -243,6 +243,21 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+func TestStratoVirtFirmware(t *testing.T) {
+	for _, tc := range []struct{ machine, firmware, want string }{
+		{"q35,mem-share=on", "", "/usr/share/edk2/ovmf/OVMF_CODE.fd"},
+		{"type=q35", "", "/usr/share/edk2/ovmf/OVMF_CODE.fd"},
+		{"q35", "/fw", "/fw"},
+		{"microvm", "", ""},
+		{"virt,mem-share=on", "", ""},
+		{"virt", "/fw", "/fw"},
+	} {
+		if got := (Hypervisor{MachineType: tc.machine, Firmware: tc.firmware}).StratoVirtFirmware(); got != tc.want {
+			t.Errorf("%+v: %q", tc, got)
+		}
+	}
+}
+
 // TestShippedFiles: what the package installs says what the guide prints, and needs no notes.
 func TestShippedFiles(t *testing.T) {
 	for name, arch := range map[string]string{

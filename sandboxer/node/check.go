@@ -252,15 +252,14 @@ func (c *check) stratovirt(path, said, mend string) {
 	machine, _, _ := strings.Cut(strings.TrimPrefix(h.MachineType, "type="), ",")
 	c.serial = ok && !version.before(2, 3, 0) && machine != "microvm"
 	c.emulates = strings.Contains(said, "(tcg)")
-	switch {
-	case machine == "q35" && h.Firmware == "":
-		c.add("hypervisor", Missing, c.install("edk2-ovmf", "ovmf")+", and set hypervisor.firmware in "+c.Settings.Config,
-			"%s: %s; its machine q35 does not boot without a firmware, and hypervisor.firmware is empty", path, said)
-		return
-	case h.Firmware != "":
-		if _, err := readableFile(c.Host.path(h.Firmware)); err != nil {
+	if firmware := h.StratoVirtFirmware(); firmware != "" {
+		if _, err := readableFile(c.Host.path(firmware)); err != nil {
+			mend := c.install("edk2-ovmf", "ovmf")
+			if h.Firmware == "" {
+				mend += ", and where that has it elsewhere, name it as hypervisor.firmware in " + c.Settings.Config
+			}
 			if !c.asRoot("hypervisor", err) {
-				c.add("hypervisor", Missing, c.install("edk2-ovmf", "ovmf"), "%s: %s; hypervisor.firmware = %q: %v", path, said, h.Firmware, err)
+				c.add("hypervisor", Missing, mend, "%s: %s, whose machine %s needs the firmware %s: %v", path, said, machine, firmware, err)
 			}
 			return
 		}

@@ -103,6 +103,12 @@ func TestCheck(t *testing.T) {
 		{"StratoVirt without firmware", func(c *Checker) {
 			useStratoVirt(t, c, "2.4.0", "microvm", "firmware = \"/usr/share/edk2/ovmf/OVMF_CODE.fd\"\n")
 		}, "hypervisor", Missing, "OVMF_CODE.fd", "dnf install edk2-ovmf"},
+		{"StratoVirt with the guide's file", func(c *Checker) { useStratoVirt(t, c, "2.4.0", "q35,mem-share=on", "") },
+			"hypervisor", Missing, "/usr/share/edk2/ovmf/OVMF_CODE.fd", "hypervisor.firmware"},
+		{"StratoVirt with the usual firmware", func(c *Checker) {
+			useStratoVirt(t, c, "2.4.0", "q35,mem-share=on", "")
+			write(t, c.Host.path("/usr/share/edk2/ovmf/OVMF_CODE.fd"), "x", 0o644)
+		}, "hypervisor", OK, "machine q35", ""},
 		{"StratoVirt without KVM", func(c *Checker) {
 			useStratoVirt(t, c, "2.4.0", "microvm", "")
 			c.probes.kvm = func(context.Context, kvmProbe) (bool, string) { return false, "stopped at once" }

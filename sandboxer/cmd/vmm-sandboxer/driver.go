@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -96,14 +97,20 @@ func newQEMU(h config.Hypervisor, dir string, log *slog.Logger) (vm.Driver, erro
 	}
 	return orNil[vm.Driver](qemu.New(qemu.Config{
 		Path: h.Path, MachineType: machine, Accelerator: h.Accelerator, BlockDeviceDriver: h.BlockDeviceDriver,
-		Kernel: h.KernelPath, ProbeCache: filepath.Join(dir, ".kvm"), Debug: h.Debug, Log: log,
+		Kernel: h.KernelPath, Firmware: h.Firmware, ProbeCache: filepath.Join(dir, ".kvm"), Debug: h.Debug, Log: log,
 	}))
 }
 
 func newStratoVirt(h config.Hypervisor, log *slog.Logger) (vm.Driver, error) {
+	firmware := h.StratoVirtFirmware()
+	if firmware != "" {
+		if _, err := os.Stat(firmware); err != nil {
+			return nil, fmt.Errorf("the machine %s needs a firmware: %w; install edk2-ovmf, or name another as hypervisor.firmware", h.MachineType, err)
+		}
+	}
 	d, err := stratovirt.New(stratovirt.Config{
 		Path: h.Path, MachineType: h.MachineType, Accelerator: h.Accelerator, BlockDeviceDriver: h.BlockDeviceDriver,
-		Firmware: h.Firmware, Debug: h.Debug, Log: log,
+		Firmware: firmware, Debug: h.Debug, Log: log,
 	})
 	if err != nil {
 		return nil, err

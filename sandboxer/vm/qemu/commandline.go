@@ -83,7 +83,10 @@ func (d *Driver) commandLine(s vm.Spec, rootFSType string, listening sockets) (a
 	add("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
 	add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 
-	if d.qboot && d.machineType == "q35" {
+	switch {
+	case d.firmware != "":
+		add("-bios", d.firmware)
+	case d.qboot && d.machineType == "q35":
 		add("-bios", qbootROM)
 	}
 	add("-kernel", s.Kernel)

@@ -34,6 +34,8 @@ type Config struct {
 	Accelerator string
 	// Kernel is booted once to find out whether KVM works. Without it, auto means TCG.
 	Kernel string
+	// Firmware is what QEMU takes with -bios; empty leaves it to QEMU, or to the quick one where that is there.
+	Firmware string
 	// ProbeCache is the file in which the outcome of that is kept until the host boots again or
 	// QEMU or the kernel changes. Empty means it is not kept.
 	ProbeCache string
@@ -51,7 +53,8 @@ type Driver struct {
 	version     string
 	machineType string
 	kvm         bool
-	tscKHz      int  // of the host; 0 means unknown
+	tscKHz      int // of the host; 0 means unknown
+	firmware    string
 	qboot       bool // the quick firmware is there
 	debug       bool
 	scsi        bool // for hot-plugged disks
@@ -71,7 +74,7 @@ const versionTimeout = 10 * time.Second
 // New finds out what the program at cfg.Path is and whether KVM works, which may take three seconds
 // the first time. Its errors say what to install or to change.
 func New(cfg Config) (*Driver, error) {
-	d := &Driver{path: cfg.Path, machineType: cfg.MachineType, debug: cfg.Debug, log: cfg.Log}
+	d := &Driver{path: cfg.Path, machineType: cfg.MachineType, firmware: cfg.Firmware, debug: cfg.Debug, log: cfg.Log}
 	if d.log == nil {
 		d.log = slog.Default()
 	}

@@ -531,6 +531,15 @@ func TestQuickFirmwareIsUsedIfThere(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	// What is configured comes before it.
+	config.Firmware = "/fw"
+	d, err := qemu.New(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line := strings.Join(qemu.CommandLine(d, plainSpec(t)), " "); !strings.Contains(line, "-bios /fw ") || strings.Contains(line, "qboot") {
+		t.Error(line)
+	}
 }
 
 func TestDisks(t *testing.T) {
