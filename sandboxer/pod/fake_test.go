@@ -296,6 +296,7 @@ type fakeLink struct {
 	once   sync.Once
 	broken chan struct{}
 	closed chan struct{}
+	calls  net.Conn // the agent's end of the last connection to its task port
 }
 
 func (l *fakeLink) Hello(ctx context.Context) (*protocol.Hello, error) {
@@ -328,6 +329,9 @@ func (l *fakeLink) Dial(_ context.Context, port uint32) (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
+		l.w.mu.Lock()
+		l.calls = far
+		l.w.mu.Unlock()
 		protocol.RegisterSandboxService(s, &fakeAgent{w: l.w, link: l})
 		go s.Serve(context.Background(), &oneConn{conn: far, closed: l.closed})
 		go func() {

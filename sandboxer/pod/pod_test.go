@@ -454,7 +454,14 @@ func TestMachineEnds(t *testing.T) {
 	}{
 		"crash":       {func(w *world) { w.machine("a").end(1, "qemu: internal error") }, "qemu: internal error"},
 		"link breaks": {func(w *world) { close(w.get("link", "a").(*fakeLink).broken) }, "connection"},
-		"virtiofsd":   {func(w *world) { close(w.virtiofsd().exited) }, "file system daemon"},
+		// The link itself notices nothing, as over vsock.
+		"agent ends": {func(w *world) {
+			l := w.get("link", "a").(*fakeLink)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			l.calls.Close()
+		}, "the connection for calls to the agent was lost"},
+		"virtiofsd": {func(w *world) { close(w.virtiofsd().exited) }, "file system daemon"},
 		"bad event": {func(w *world) {
 			w.events <- &protocol.Event{Event: &protocol.Event_OomContainerId{OomContainerId: "../x"}}
 		}, "impossible id"},
