@@ -17,8 +17,9 @@ import (
 )
 
 const (
-	// probeTimeout bounds the boot that shows whether KVM runs a guest.
-	probeTimeout = 3 * time.Second
+	// probeTimeout bounds the boot that shows whether KVM runs a guest. The outcome is kept until the
+	// host boots again, so one that is only busy, or emulated itself, must not be taken for one without.
+	probeTimeout = 10 * time.Second
 )
 
 // openKVM checks that the device is KVM's and may be used.
