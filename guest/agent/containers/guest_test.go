@@ -37,8 +37,9 @@ type guest struct {
 	cgroup string
 	tokens atomic.Int32
 
-	mu  sync.Mutex
-	oom []string
+	mu      sync.Mutex
+	oom     []string
+	deleted []string
 }
 
 func newGuest(t *testing.T) *guest {
@@ -86,6 +87,13 @@ func newGuest(t *testing.T) *guest {
 			g.oom = append(g.oom, id)
 			g.mu.Unlock()
 		},
+		OnDelete: func(id string) {
+			g.mu.Lock()
+			g.deleted = append(g.deleted, id)
+			g.mu.Unlock()
+		},
+		Listen:    listenUnix(filepath.Dir(g.socket)),
+		ContextID: func() (uint32, error) { return testCID, nil },
 	})
 	t.Cleanup(g.checkClean)
 	return g

@@ -2,6 +2,7 @@ package containers
 
 import (
 	"fmt"
+	"math"
 	"strings"
 	"testing"
 
@@ -74,6 +75,30 @@ func TestLegacyMetrics(t *testing.T) {
 	}
 	if got := strings.Join(ops, " "); got != "read write" {
 		t.Errorf("operations %s", got)
+	}
+}
+
+// What a container of cgroup v2 says to a client that knows v1 only.
+func TestLegacyStats(t *testing.T) {
+	s := sample()
+	clear(s.MemoryStats.Stats)
+	for name, value := range map[string]uint64{"anon": 1, "file": 2, "pgfault": 3, "pgmajfault": 4, "inactive_file": 5, "kernel": 6} {
+		s.MemoryStats.Stats[name] = value
+	}
+	s.MemoryStats.SwapUsage = cgroups.MemoryData{Usage: 12, Limit: 110}
+	m := legacyMetrics(legacyStats(s), []byte("oom 3\noom_kill 4\n"))
+	if m.Memory.RSS != 1 || m.Memory.TotalRSS != 1 || m.Memory.Cache != 2 || m.Memory.PgFault != 3 || m.Memory.PgMajFault != 4 ||
+		m.Memory.TotalInactiveFile != 5 || m.Memory.Kernel.Usage != 6 || m.Memory.Kernel.Limit != math.MaxUint64 ||
+		m.Memory.Usage.Usage != 10 || m.Memory.Usage.Limit != 100 || m.Memory.Swap.Usage != 12 || m.Memory.Swap.Limit != 110 ||
+		m.Memory.HierarchicalMemoryLimit != 100 || m.MemoryOomControl.OomKill != 4 ||
+		m.CPU.Usage.Total != 3_000_000 || m.CPU.Usage.Kernel != 1_000_000 || m.Pids.Current != 4 {
+		t.Errorf("%v", m)
+	}
+	// What the library makes of a limit of swap where memory has none.
+	s.MemoryStats.Usage.Limit = math.MaxUint64
+	s.MemoryStats.SwapUsage.Limit = 41
+	if m := legacyMetrics(legacyStats(s), nil); m.Memory.Swap.Limit != math.MaxUint64 {
+		t.Errorf("limit of swap %d", m.Memory.Swap.Limit)
 	}
 }
 
