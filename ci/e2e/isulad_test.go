@@ -74,6 +74,11 @@ func TestISuladNetworkFirst(t *testing.T) {
 	scenario.NetworkFirst(ctx, t, n)
 }
 
+func TestISuladSharedProcessNamespace(t *testing.T) {
+	ctx, n := beginISulad(t)
+	scenario.SharedProcesses(ctx, t, n, isulad.V213)
+}
+
 func TestISuladWithoutNetwork(t *testing.T) {
 	ctx, n := beginISulad(t)
 	scenario.NoNetwork(ctx, t, n, isulad.V216)
@@ -86,6 +91,9 @@ func TestISuladLogRotation(t *testing.T) {
 
 func TestISuladRestartsOfTheDaemon(t *testing.T) {
 	for _, i := range isulads {
+		if i.version == isulad.V215 {
+			continue // as 2.1.3 where streams do not go over vsock
+		}
 		t.Run(i.name, func(t *testing.T) {
 			ctx, n := beginISulad(t)
 			// containerd's go on, too.
@@ -93,13 +101,32 @@ func TestISuladRestartsOfTheDaemon(t *testing.T) {
 			id := p.start(ctx, t, container("sleep 1000"))
 			scenario.Restarts(ctx, t, n, i.version)
 			exec(ctx, t, id, "true")
-			// Its connection to the daemon has backed off.
-			eventually(ctx, t, "containerd reaches the daemon", func() bool {
-				answer, err := bed.CRI.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
-				return err == nil && answer.Status.State == runtimeapi.PodSandboxState_SANDBOX_READY
-			})
+			reachDaemon(ctx, t, p)
 		})
 	}
+}
+
+func TestISuladStorm(t *testing.T) {
+	for _, i := range isulads {
+		if i.version == isulad.V215 {
+			continue // as 2.1.3
+		}
+		t.Run(i.name, func(t *testing.T) {
+			ctx, n := beginISulad(t)
+			p := runPod(ctx, t, podConfig(t), node.Handler)
+			scenario.Storm(ctx, t, n, i.version)
+			reachDaemon(ctx, t, p)
+		})
+	}
+}
+
+// reachDaemon waits until containerd, whose connection to the daemon has backed off, reaches it.
+func reachDaemon(ctx context.Context, t *testing.T, p *pod) {
+	t.Helper()
+	eventually(ctx, t, "containerd reaches the daemon", func() bool {
+		answer, err := bed.CRI.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+		return err == nil && answer.Status.State == runtimeapi.PodSandboxState_SANDBOX_READY
+	})
 }
 
 func TestISuladMachineThatDies(t *testing.T) {

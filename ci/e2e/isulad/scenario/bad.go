@@ -53,6 +53,7 @@ func BadInput(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 		const stale = `{"tasks":[{"task_id":%q,"spec":{},"rootfs":[]}]}`
 		for name, list := range map[string]string{
 			"truncated":     `{"tasks":[{"task_id":"abc","spec":{"process"`,
+			"large":         `{"tasks":[],"x":"` + strings.Repeat("y", 32<<20) + `"}`,
 			"huge":          `{"tasks":[],"x":"` + strings.Repeat("y", 33<<20) + `"}`,
 			"deeply nested": `{"tasks":` + strings.Repeat("[", 100000) + strings.Repeat("]", 100000) + `}`,
 			"a bad id":      fmt.Sprintf(stale, "../../etc"),
@@ -61,7 +62,7 @@ func BadInput(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 		} {
 			t.Run("list of tasks: "+name, func(t *testing.T) {
 				err := h.Announce(p.id, []byte(list))
-				refused(t, err, "JSON", "larger than max", "id", "twice", "array")
+				refused(t, err, "JSON", "more than", "larger than max", "id", "twice", "array")
 				unharmed(t)
 			})
 		}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	tasktypes "github.com/containerd/containerd/api/types/task"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"kuasar.io/kuasar/ci/e2e/isulad"
 )
@@ -263,6 +264,25 @@ func NetworkFirst(ctx context.Context, t *testing.T, n *Node) {
 		return strings.Contains(c.logged("stdout"), "inet "+p.address.String())
 	})
 	c.sh("ping -c 1 " + n.Gateway.Addr().String())
+}
+
+// SharedProcesses runs a pod whose containers see each other's processes.
+func SharedProcesses(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
+	h := begin(ctx, t, n, v)
+	p := h.run(func(p *isulad.Pod) {
+		p.Config.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
+	})
+	start := func(script string) *container {
+		c := p.create(script, func(spec *isulad.SpecConfig, _ *isulad.Container) { spec.SharedPID = true })
+		if err := h.StartContainer(c.id); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	start("exec sleep 1234")
+	if processes := start("exec sleep 1000").sh("ps -o args"); !strings.Contains(processes, "sleep 1234") {
+		t.Errorf("the second container does not see the first one's process:\n%s", processes)
+	}
 }
 
 // NoNetwork runs a pod in whose network namespace nothing ever appears.

@@ -377,6 +377,22 @@ func (c *container) counted() int {
 	return next
 }
 
+// writes waits until the container has written a good deal more into its log.
+func (c *container) writes() {
+	c.t.Helper()
+	size := func() (sum int64) {
+		files, _ := filepath.Glob(c.log + "*")
+		for _, file := range files {
+			if info, err := os.Stat(file); err == nil {
+				sum += info.Size()
+			}
+		}
+		return sum
+	}
+	before := size()
+	c.eventually("the container writes", func() bool { return size() > before+10000 })
+}
+
 // exited waits for the end of a container and checks its exit status.
 func (c *container) exited(want uint32) {
 	c.t.Helper()
