@@ -220,9 +220,9 @@ type process struct {
 	// withdrawn says that the client has no use for the process any more, whose end nobody waits for.
 	withdrawn bool
 	started   bool // the guest said so; its status may not show it yet
-	deleting bool
-	exit     Exit
-	ended    *Exit // as exit, but before the client's streams have seen their end
+	deleting  bool
+	exit      Exit
+	ended     *Exit // as exit, but before the client's streams have seen their end
 
 	finishing sync.Once
 	exited    chan struct{} // closed after status became Stopped

@@ -172,6 +172,7 @@ func (w *rewriter) rewrite(spec *specs.Spec, rootfs string) error {
 	spec.Root.Path = rootfs
 	// The pod's names are set once, in its UTS namespace.
 	spec.Hostname, spec.Domainname = "", ""
+	//lint:ignore SA1019 engines still write Prestart
 	if h := spec.Hooks; h != nil && len(h.Prestart)+len(h.CreateRuntime)+len(h.CreateContainer)+len(h.StartContainer)+len(h.Poststart)+len(h.Poststop) > 0 {
 		w.log.Warn("hooks are programs of the host and are not run for a container in a virtual machine")
 	}

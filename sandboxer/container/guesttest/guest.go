@@ -45,6 +45,7 @@ type Guest struct {
 	calls   []string
 	specs   map[string]*specs.Spec
 	raw     map[string][]byte
+	direct  map[string]*protocol.Direct // by key
 	procs   map[string]*Process
 	signals []uint32
 	updates [][]byte
@@ -94,7 +95,7 @@ func New(t testing.TB) *Guest {
 			},
 		},
 		hub: stdio.NewHub(), listener: l,
-		specs: map[string]*specs.Spec{}, raw: map[string][]byte{}, procs: map[string]*Process{},
+		specs: map[string]*specs.Spec{}, raw: map[string][]byte{}, direct: map[string]*protocol.Direct{}, procs: map[string]*Process{},
 	}
 	go g.hub.Serve(l)
 	t.Cleanup(func() {
@@ -170,6 +171,13 @@ func (g *Guest) Spec(id string) (*specs.Spec, []byte) {
 	return g.specs[id], g.raw[id]
 }
 
+// Direct returns the names of streams that an announcement brought; nil if there is none.
+func (g *Guest) Direct(id, execID string) *protocol.Direct {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.direct[key(id, execID)]
+}
+
 // Signals and Updates are what Kill and Update brought.
 func (g *Guest) Signals() []uint32 {
 	g.mu.Lock()
@@ -241,6 +249,11 @@ func (g *Guest) add(id, execID string, spec *specs.Process, stdin, stdout, stder
 	if _, err := g.lookup(id, execID); err == nil {
 		return status.Errorf(codes.AlreadyExists, "process %q of %q exists", execID, id)
 	}
+	g.mu.Lock()
+	if d := g.direct[key(id, execID)]; d != nil {
+		stdin, stdout, stderr = d.GetStdin(), d.GetStdout(), d.GetStderr()
+	}
+	g.mu.Unlock()
 	p := &Process{ID: id, ExecID: execID, Spec: spec, done: make(chan struct{})}
 	p.ctx, p.kill = context.WithCancel(context.Background())
 	for _, s := range []struct {
@@ -255,6 +268,9 @@ func (g *Guest) add(id, execID string, spec *specs.Process, stdin, stdout, stder
 			continue
 		}
 		token, ok := strings.CutPrefix(s.name, protocol.StdioScheme)
+		if strings.HasPrefix(s.name, protocol.VsockScheme) {
+			continue // nobody connects
+		}
 		if !ok {
 			return status.Errorf(codes.InvalidArgument, "%q is not for this guest", s.name)
 		}
@@ -311,6 +327,9 @@ func (s *sandboxService) PrepareContainer(ctx context.Context, r *protocol.Prepa
 	}
 	g.specs[r.GetContainerId()] = spec
 	g.raw[r.GetContainerId()] = r.GetSpec()
+	if r.GetDirect() != nil {
+		g.direct[key(r.GetContainerId(), "")] = r.GetDirect()
+	}
 	return &protocol.PrepareContainerResponse{}, nil
 }
 
@@ -322,6 +341,11 @@ func (s *sandboxService) PurgeContainer(ctx context.Context, r *protocol.PurgeCo
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.specs, r.GetContainerId())
+	for k := range g.direct {
+		if strings.HasPrefix(k, key(r.GetContainerId(), "")) {
+			delete(g.direct, k)
+		}
+	}
 	for k, p := range g.procs {
 		if p.ID == r.GetContainerId() {
 			p.signal = 9
@@ -333,11 +357,31 @@ func (s *sandboxService) PurgeContainer(ctx context.Context, r *protocol.PurgeCo
 }
 
 func (s *sandboxService) PrepareProcess(ctx context.Context, r *protocol.PrepareProcessRequest) (*protocol.PrepareProcessResponse, error) {
-	return &protocol.PrepareProcessResponse{}, (*Guest)(s).enter(ctx, "PrepareProcess", r.GetContainerId(), r.GetExecId())
+	g := (*Guest)(s)
+	if err := g.enter(ctx, "PrepareProcess", r.GetContainerId(), r.GetExecId()); err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.direct[key(r.GetContainerId(), "")] == nil {
+		return nil, status.Errorf(codes.NotFound, "container %q is not direct", r.GetContainerId())
+	}
+	if g.procs[key(r.GetContainerId(), r.GetExecId())] != nil {
+		return nil, status.Errorf(codes.AlreadyExists, "process %q of %q exists", r.GetExecId(), r.GetContainerId())
+	}
+	g.direct[key(r.GetContainerId(), r.GetExecId())] = r.GetDirect()
+	return &protocol.PrepareProcessResponse{}, nil
 }
 
 func (s *sandboxService) PurgeProcess(ctx context.Context, r *protocol.PurgeProcessRequest) (*protocol.PurgeProcessResponse, error) {
-	return &protocol.PurgeProcessResponse{}, (*Guest)(s).enter(ctx, "PurgeProcess", r.GetContainerId(), r.GetExecId())
+	g := (*Guest)(s)
+	if err := g.enter(ctx, "PurgeProcess", r.GetContainerId(), r.GetExecId()); err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.direct, key(r.GetContainerId(), r.GetExecId()))
+	return &protocol.PurgeProcessResponse{}, nil
 }
 
 func (*sandboxService) Setup(context.Context, *protocol.SetupRequest) (*protocol.SetupResponse, error) {
