@@ -203,12 +203,13 @@ func TestWithdrawRunning(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.start("c", "")
-	waited := make(chan Exit, 1)
-	go func() { waited <- p.wait("c", "") }()
-	eventually(t, "the start", func() bool { return p.status("c", "") == Running })
+	p.Set.mu.Lock()
+	first := p.containers["c"].init // as a client has it that waits already
+	p.Set.mu.Unlock()
 	p.withdraw("c", "")
-	if exit := <-waited; exit.Status != 137 {
-		t.Errorf("exit status %d", exit.Status)
+	<-first.exited
+	if first.exit.Status != 137 {
+		t.Errorf("exit status %d", first.exit.Status)
 	}
 	if got := logText(t, file)["stdout"]; got != "farewell" {
 		t.Errorf("the log has %q", got)
@@ -962,11 +963,10 @@ func TestKilledInLog(t *testing.T) {
 		t.Errorf("it goes on at %d", n.state.offsets[0])
 	}
 	// Between these two daemons the log was rotated.
-	n := takeOver()
 	if err := os.Rename(path, path+".1"); err != nil {
 		t.Fatal(err)
 	}
-	if n = takeOver(); n.state.offsets[0] != 4 {
+	if n := takeOver(); n.state.offsets[0] != 4 {
 		t.Errorf("it goes on at %d", n.state.offsets[0])
 	}
 }

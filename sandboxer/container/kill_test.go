@@ -58,6 +58,7 @@ type order struct {
 	Args   []string `json:",omitempty"`
 	IO     IO
 	Signal uint32 `json:",omitempty"`
+	Log    string `json:",omitempty"`
 
 	PID   uint32 `json:",omitempty"`
 	Exit  Exit   `json:",omitzero"`
@@ -97,7 +98,9 @@ func serveDaemon(dir string) error {
 		return err
 	}
 	records := filepath.Join(dir, "records")
+	mode, _ := os.ReadFile(filepath.Join(dir, "mode"))
 	set := NewSet(Options{
+		Announced: len(mode) > 0, Direct: string(mode) == "direct",
 		PodID: "pod", Guest: farGuest{ttrpc.NewClient(conn), string(streams)}, Storage: &fakeStorage{}, Store: store, Log: log,
 		Journal: func(r []Record) {
 			text, err := json.Marshal(r)
@@ -155,6 +158,13 @@ func (o *order) perform(set *Set) error {
 	}
 	var err error
 	switch o.Verb {
+	case "announce":
+		text, _ := json.Marshal(logged(o.Log, o.Args...))
+		err = set.AnnounceContainer(ctx, CreateRequest{ID: o.ID, Spec: text, Rootfs: []Mount{{Type: "bind", Source: "/tmp"}}})
+	case "announce exec":
+		err = set.AnnounceProcess(ctx, ExecRequest{ID: o.ID, ExecID: o.ExecID, IO: o.IO})
+	case "withdraw":
+		err = set.Withdraw(ctx, o.ID, o.ExecID)
 	case "create":
 		text, _ := json.Marshal(spec(o.Args...))
 		o.PID, err = set.Create(ctx, CreateRequest{ID: o.ID, Spec: text, Rootfs: rootfs(), IO: o.IO})
@@ -218,7 +228,10 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-func newMortal(t testing.TB) *mortal {
+func newMortal(t testing.TB) *mortal { return newMortalMode(t, "") }
+
+// newMortalMode is newMortal for clients that announce: mode is announced or direct.
+func newMortalMode(t testing.TB, mode string) *mortal {
 	dir, err := os.MkdirTemp("", "ct")
 	if err != nil {
 		t.Fatal(err)
@@ -233,6 +246,9 @@ func newMortal(t testing.TB) *mortal {
 			t.Error(err)
 		}
 	})
+	if err := os.WriteFile(filepath.Join(dir, "mode"), []byte(mode), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "streams"), []byte(m.guest.Streams()), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -630,5 +646,125 @@ func (m *mortal) execOnce(execID string, seed uint64) {
 		sameBytes(m.t, execID, got.Bytes(), text)
 	case <-time.After(patience):
 		m.t.Errorf("%s: its output does not end", execID)
+	}
+}
+
+// lines is n bytes of numbered lines, the last of which may be cut.
+func lines(n int, seed uint64) []byte {
+	var b bytes.Buffer
+	for i := 0; b.Len() < n; i++ {
+		fmt.Fprintf(&b, "%d:%d %s\n", seed, i, strings.Repeat("x", i*i%97))
+	}
+	return b.Bytes()[:n]
+}
+
+// writeLines writes such lines in pieces of random sizes until it is over, and returns how many bytes.
+func writeLines(over <-chan struct{}, w io.Writer, seed uint64) (int, error) {
+	random := rand.New(rand.NewPCG(seed, 9))
+	text := lines(8<<20, seed)
+	total := 0
+	for !isDone(over) && total < len(text) {
+		n, err := w.Write(text[total:min(len(text), total+1+random.IntN(700))])
+		total += n
+		if err != nil {
+			return total, err
+		}
+		time.Sleep(time.Duration(random.IntN(2)) * time.Millisecond)
+	}
+	return total, nil
+}
+
+// TestKilledDaemonsWithLog kills daemons while a container writes both of its outputs to a log, made
+// here or by the client itself, and while execs with FIFOs come and go in the latter: nothing is lost
+// and nothing is doubled.
+func TestKilledDaemonsWithLog(t *testing.T) {
+	for _, mode := range []string{"announced", "direct"} {
+		t.Run(mode, func(t *testing.T) {
+			m := newMortalMode(t, mode)
+			begin := make(chan struct{})
+			var over <-chan struct{}
+			var out, errs int
+			m.guest.Programs["talk"] = func(_ context.Context, p *guesttest.Process) uint32 {
+				<-begin
+				var wg sync.WaitGroup
+				var failed, failed2 error
+				wg.Go(func() { errs, failed = writeLines(over, p.Stderr, 2) })
+				out, failed2 = writeLines(over, p.Stdout, 1)
+				wg.Wait()
+				if failed != nil || failed2 != nil {
+					return 1
+				}
+				return 7
+			}
+			file := filepath.Join(m.dir, "log")
+			m.do(order{Verb: "announce", ID: "c", Log: file, Args: []string{"talk"}})
+			guest := &pod{t: t, guest: m.guest}
+			if mode == "direct" {
+				guest.direct("c", "")
+			} else {
+				m.do(order{Verb: "create", ID: "c"})
+				m.do(order{Verb: "start", ID: "c"})
+			}
+			over = m.harass(11, 12)
+			close(begin)
+			execs := 0
+			for ; mode == "direct" && !isDone(over) && !t.Failed(); execs++ {
+				m.directExecOnce(guest, fmt.Sprintf("e%d", execs))
+			}
+			<-over
+			if mode == "direct" {
+				if status := guest.directWait("c", ""); status != 7 {
+					t.Errorf("exit status %d", status)
+				}
+			} else if exit := m.do(order{Verb: "wait", ID: "c"}).Exit; exit.Status != 7 {
+				t.Errorf("exit status %d", exit.Status)
+			}
+			m.do(order{Verb: "withdraw", ID: "c"})
+			got := logText(t, file)
+			sameBytes(t, "stdout", []byte(got["stdout"]), lines(out, 1))
+			sameBytes(t, "stderr", []byte(got["stderr"]), lines(errs, 2))
+			m.nothingLeft()
+			t.Logf("%d and %d bytes were logged, and there were %d execs", out, errs, execs)
+		})
+	}
+}
+
+// directExecOnce runs one exec as a client does that reaches the guest.
+func (m *mortal) directExecOnce(guest *pod, execID string) {
+	m.t.Helper()
+	o := order{ID: "c", ExecID: execID}
+	dir, err := os.MkdirTemp(m.dir, "io")
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	o.IO.Stdout = filepath.Join(dir, "out")
+	if err := unix.Mkfifo(o.IO.Stdout, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+	out, err := os.OpenFile(o.IO.Stdout, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer out.Close()
+	o.Verb = "announce exec"
+	m.do(o)
+	var got []byte
+	read := make(chan struct{})
+	go func() {
+		got, _ = io.ReadAll(out)
+		close(read)
+	}()
+	guest.direct("c", execID, "echo", execID)
+	guest.directWait("c", execID)
+	o.Verb = "withdraw"
+	m.do(o)
+	select {
+	case <-read:
+	case <-time.After(patience):
+		m.t.Fatalf("%s: its output does not end", execID)
+	}
+	if string(got) != execID+"\n" {
+		m.t.Errorf("%s said %q", execID, got)
 	}
 }
