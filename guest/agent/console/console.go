@@ -236,6 +236,8 @@ func (c *Console) interactive(conn net.Conn, input io.Reader, shell string) erro
 		return fmt.Errorf("cannot open a terminal for the console: %w", err)
 	}
 	defer master.Close()
+	over := make(chan struct{})
+	defer close(over)
 	cmd := exec.Command(shell)
 	cmd.Env = environment()
 	cmd.Dir = "/"
@@ -251,13 +253,41 @@ func (c *Console) interactive(conn net.Conn, input io.Reader, shell string) erro
 		if err != nil {
 			return err
 		}
-		// What a person does to end a shell; a terminal has no end of file of its own. If
-		// something else is listening, nobody is left to end it.
+		// What a person does to end a shell; a terminal has no end of file of its own. A client
+		// whose input was a file reads on while the shell does what the file says. But if the client
+		// has gone, and something else than the shell is listening, nobody is left to end it.
 		master.Write([]byte{4})
-		time.Sleep(hangup)
-		return io.EOF
+		for {
+			select {
+			case <-over:
+				return nil
+			case <-time.After(hangup):
+			}
+			if !reads(conn) {
+				return io.EOF
+			}
+		}
 	}
 	return c.run(conn, cmd, master, feed)
+}
+
+// reads tells whether a client that sends nothing more still receives. Of a connection that is not a
+// socket of the kernel that cannot be known; then it does not.
+func reads(conn net.Conn) bool {
+	socket, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return false
+	}
+	// Sending nothing sends nothing, but fails when the other end is closed for both directions.
+	var sendErr error
+	err = raw.Control(func(fd uintptr) {
+		_, sendErr = unix.SendmsgN(int(fd), nil, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+	})
+	return err == nil && sendErr == nil
 }
 
 // run relays a session until the shell ends or the client is gone. Then nothing of it is left but

@@ -133,6 +133,23 @@ func TestInteractive(t *testing.T) {
 	}
 }
 
+// A client whose input is a file, as in: printf '...' | ncat --vsock 3 1025. It has sent everything
+// long before the shell is through with it, and reads on.
+func TestInteractiveWithInputFromAFile(t *testing.T) {
+	if f, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0); err != nil {
+		t.Skipf("needs /dev/ptmx: %v", err)
+	} else {
+		f.Close()
+	}
+	c := serve(t)()
+	io.WriteString(c, "sleep 1.5; echo fir$((0))st\necho seco$((0))nd\n")
+	c.CloseWrite()
+	b, err := io.ReadAll(c)
+	if !bytes.Contains(b, []byte("fir0st")) || !bytes.Contains(b, []byte("seco0nd")) || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
 func TestReadMode(t *testing.T) {
 	for sent, want := range map[string]struct {
 		script bool

@@ -341,18 +341,6 @@ func TestDirectExec(t *testing.T) {
 		}
 	})
 
-	t.Run("nobody connects", func(t *testing.T) {
-		c.s.limits.connect = 50 * time.Millisecond
-		defer quickly(c.s)
-		c.runExec("c1", "alone", all, "sh", "-c", "read x; yes | head -c 1000000; exit 5")
-		if code := c.wait("c1", "alone"); code != 5 {
-			t.Errorf("exit status %d", code)
-		}
-		if _, err := net.Dial("unix", filepath.Join(c.dir, "2001")); err == nil {
-			t.Error("the guest still listens")
-		}
-	})
-
 	t.Run("a program that does not exist", func(t *testing.T) {
 		c.announceExec("c1", "missing", outs)
 		if err := c.exec("c1", "missing", "no-such-program"); err != nil {
@@ -377,36 +365,6 @@ func TestDirectExec(t *testing.T) {
 			t.Errorf("%q", got)
 		}
 		readAll(t, connect(t, c.dir, 2001)) // of the old one
-	})
-
-	t.Run("purged while it runs", func(t *testing.T) {
-		c.s.limits.lateWait = time.Millisecond
-		defer quickly(c.s)
-		c.runExec("c1", "runs", &protocol.Direct{Stdin: port(2000), Stdout: port(2001)}, "sh", "-c", "read x; echo got $x; exit 9")
-		c.purgeExec("c1", "runs")
-		stdin, stdout := connect(t, c.dir, 2000), connect(t, c.dir, 2001)
-		ended := make(chan uint32)
-		go func() {
-			r, err := c.s.Wait(context.Background(), &taskapi.WaitRequest{ID: "c1", ExecID: "runs"})
-			if err != nil {
-				t.Error(err)
-			}
-			ended <- r.GetExitStatus()
-		}()
-		if r, err := c.s.State(context.Background(), &taskapi.StateRequest{ID: "c1", ExecID: "runs"}); err != nil || r.Status != task.Status_RUNNING {
-			t.Errorf("after purge: %v, %v", r, err)
-		}
-		io.WriteString(stdin, "it\n")
-		if got := readAll(t, stdout); got != "got it\n" {
-			t.Errorf("%q", got)
-		}
-		if code := <-ended; code != 9 {
-			t.Errorf("exit status %d", code)
-		}
-		until(t, "forgotten", func() bool {
-			_, err := c.s.Wait(context.Background(), &taskapi.WaitRequest{ID: "c1", ExecID: "runs"})
-			return errdefs.IsNotFound(class(err))
-		})
 	})
 
 	t.Run("a terminal", func(t *testing.T) {
@@ -460,6 +418,52 @@ func TestDirectExec(t *testing.T) {
 		if got := readAll(t, stderr); got != "" {
 			t.Errorf("%q", got)
 		}
+	})
+}
+
+// A process whose client does not connect runs without streams.
+func TestDirectExecWithoutItsPeers(t *testing.T) {
+	c := newClient(t)
+	c.s.limits.connect = 50 * time.Millisecond
+	c.run("c1", c.spec("sleep", "1000"), &protocol.Direct{})
+	c.runExec("c1", "alone", &protocol.Direct{Stdin: port(2000), Stdout: port(2001), Stderr: port(2002)}, "sh", "-c", "read x; yes | head -c 1000000; exit 5")
+	if code := c.wait("c1", "alone"); code != 5 {
+		t.Errorf("exit status %d", code)
+	}
+	if _, err := net.Dial("unix", filepath.Join(c.dir, "2001")); err == nil {
+		t.Error("the guest still listens")
+	}
+}
+
+// Its announcement taken back, a process runs on, and is forgotten some time after its end.
+func TestDirectExecPurgedWhileItRuns(t *testing.T) {
+	c := newClient(t)
+	c.s.limits.lateWait = 300 * time.Millisecond
+	c.run("c1", c.spec("sleep", "1000"), &protocol.Direct{})
+	c.runExec("c1", "runs", &protocol.Direct{Stdin: port(2000), Stdout: port(2001)}, "sh", "-c", "read x; echo got $x; exit 9")
+	c.purgeExec("c1", "runs")
+	stdin, stdout := connect(t, c.dir, 2000), connect(t, c.dir, 2001)
+	ended := make(chan uint32)
+	go func() {
+		r, err := c.s.Wait(context.Background(), &taskapi.WaitRequest{ID: "c1", ExecID: "runs"})
+		if err != nil {
+			t.Error(err)
+		}
+		ended <- r.GetExitStatus()
+	}()
+	if r, err := c.s.State(context.Background(), &taskapi.StateRequest{ID: "c1", ExecID: "runs"}); err != nil || r.Status != task.Status_RUNNING {
+		t.Errorf("after purge: %v, %v", r, err)
+	}
+	io.WriteString(stdin, "it\n")
+	if got := readAll(t, stdout); got != "got it\n" {
+		t.Errorf("%q", got)
+	}
+	if code := <-ended; code != 9 {
+		t.Errorf("exit status %d", code)
+	}
+	until(t, "forgotten", func() bool {
+		_, err := c.s.Wait(context.Background(), &taskapi.WaitRequest{ID: "c1", ExecID: "runs"})
+		return errdefs.IsNotFound(class(err))
 	})
 }
 

@@ -48,23 +48,19 @@ func (p *peer) accept() {
 	p.settle(conn)
 }
 
-// settle ends the waiting, without a peer if conn is nil. Only the first call counts.
+// settle ends the waiting, without a peer if conn is nil. Only the first call counts. When any returns,
+// the port is free.
 func (p *peer) settle(conn net.Conn) {
-	first := false
 	p.once.Do(func() {
-		first = true
-		p.conn = conn
+		p.conn, conn = conn, nil
 		close(p.ready)
+		p.timer.Stop()
+		p.listener.Close()
+		p.settled()
 	})
-	if !first {
-		if conn != nil {
-			conn.Close()
-		}
-		return
+	if conn != nil {
+		conn.Close()
 	}
-	p.timer.Stop()
-	p.listener.Close()
-	p.settled()
 }
 
 var errNoPeer = errors.New("nobody has connected to the stream")

@@ -7,7 +7,9 @@
 // containers by the one and the other were about equally fast.
 //
 // A container goes through Prepare (its spec and what must be mounted for it are announced),
-// Create, Start, Delete and Purge. Everything that the Task API reports of a process - its state,
+// Create, Start, Delete and Purge. Prepare comes from the daemon of the host; the rest does, too, or
+// from a client of the host that makes its containers here by itself: those are the direct ones, see
+// direct.go. Everything that the Task API reports of a process - its state,
 // its exit - is kept in memory, so that State and Wait never touch a cgroup or a file system: a
 // share that hangs stops only the call that uses it.
 //
@@ -350,7 +352,8 @@ func (s *Service) process(id, execID string) (*container, *process, error) {
 }
 
 // Create makes the container that Prepare announced, with its init process waiting for Start.
-// Bundle, rootfs and options of the request are the host's business and are ignored.
+// Bundle, rootfs and options of the request are the host's business and are ignored, and so are the
+// streams if the container is a direct one: then those of the announcement count.
 func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
 	c, err := s.create(ctx, r)
 	if err != nil {
