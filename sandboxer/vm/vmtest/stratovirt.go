@@ -1,6 +1,7 @@
 package vmtest
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -293,7 +294,7 @@ func (l *StratoVirtLine) server(value string) (map[string]string, error) {
 			return nil, fmt.Errorf("the bare flag %q is missing", flag)
 		}
 	}
-	if path := kv["path"] + kv["type"]; len(path) > 108 {
+	if len(cmp.Or(kv["path"], kv["type"])) > 108 {
 		return nil, errors.New("the path is too long")
 	}
 	return kv, nil
