@@ -457,7 +457,7 @@ func (s *Set) announceDirect(ctx context.Context, req CreateRequest) (err error)
 	}
 	defer release()
 	s.mu.Lock()
-	known, released := !a.making, a.released
+	known, released, carrying := !a.making, a.released, a.streams()
 	s.mu.Unlock()
 	if known && !released {
 		state, err := s.guestState(ctx, req.ID, "")
@@ -469,6 +469,9 @@ func (s *Set) announceDirect(ctx context.Context, req CreateRequest) (err error)
 		}
 	}
 	if known {
+		if released {
+			s.awaitStreams(ctx, carrying)
+		}
 		if err := s.dismantle(a); err != nil {
 			return fmt.Errorf("cannot announce container %s again: %w", req.ID, err)
 		}
@@ -870,34 +873,44 @@ func (s *Set) withdrawDirect(ctx context.Context, a *announcement) error {
 	if len(carrying) > 0 {
 		state, _ = s.guestState(ctx, a.id, "") // of no answer there is nothing to wait for
 	}
-	if state != tasktypes.Status_UNKNOWN {
+	s.mu.Lock()
+	released := a.released
+	s.mu.Unlock()
+	// If it was never made there is nothing to wait for.
+	if state != tasktypes.Status_UNKNOWN || released {
 		// Its output comes to its end only if it is not purged before.
-		if state != tasktypes.Status_STOPPED {
+		if state != tasktypes.Status_STOPPED && state != tasktypes.Status_UNKNOWN {
 			s.killInGuest(a.id)
 		}
-		limit := time.After(withdrawLimit)
-		for _, t := range carrying {
-			t.abandonAfter(withdrawLimit)
-			ended := make(chan struct{})
-			go func() {
-				t.awaitEnd()
-				close(ended)
-			}()
-			select {
-			case <-ended:
-				continue
-			case <-limit:
-			case <-ctx.Done():
-			case <-s.life.Done():
-			}
-			break
-		}
+		s.awaitStreams(ctx, carrying)
 	}
 	if err := s.dismantle(a); err != nil {
 		return err
 	}
 	s.forget(a)
 	return nil
+}
+
+// awaitStreams gives what is on its way the time to arrive.
+func (s *Set) awaitStreams(ctx context.Context, carrying []*stdio) {
+	limit := time.After(withdrawLimit)
+	for _, t := range carrying {
+		t.abandonAfter(withdrawLimit)
+		ended := make(chan struct{})
+		go func() {
+			t.awaitEnd()
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-limit:
+			return
+		case <-ctx.Done():
+			return
+		case <-s.life.Done():
+			return
+		}
+	}
 }
 
 // dismantle makes the guest forget a direct container, ends its streams, and releases its storage.
@@ -975,8 +988,7 @@ func (s *Set) expire(a *announcement, p *announcedProcess, t *stdio) {
 	t.abandonAfter(s.killGrace)
 	select {
 	case <-p.ended:
-	case <-time.After(goneGrace):
-		// It was never made, or the guest has given up its output.
+	case <-time.After(drainLimit):
 		t.cut(goneGrace)
 	case <-s.life.Done():
 	}
@@ -1011,7 +1023,7 @@ func (s *Set) Deleted(id string) {
 		if ignore {
 			return
 		}
-		s.cutStreams(a)
+		// The guest may still be delivering its output, and ends the streams after that.
 		if err := s.opts.Storage.Release(id); err != nil {
 			s.log.Error("cannot release the storage of a deleted container", "container", id, "error", err)
 		}

@@ -380,7 +380,19 @@ func (s *sandboxService) PurgeProcess(ctx context.Context, r *protocol.PurgeProc
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	delete(g.direct, key(r.GetContainerId(), r.GetExecId()))
+	k := key(r.GetContainerId(), r.GetExecId())
+	if d := g.direct[k]; d != nil && g.procs[k] == nil {
+		for _, name := range []string{d.GetStdout(), d.GetStderr()} {
+			if token, ok := strings.CutPrefix(name, protocol.StdioScheme); ok {
+				go func() {
+					ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+					defer cancel()
+					g.hub.Output(token).Close(ctx)
+				}()
+			}
+		}
+	}
+	delete(g.direct, k)
 	return &protocol.PurgeProcessResponse{}, nil
 }
 
