@@ -337,3 +337,32 @@ func TestDisksComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestSCSIDiskComesAndGoes: on the controller, the guest knows a disk by its serial number, too.
+func TestSCSIDiskComesAndGoes(t *testing.T) {
+	b := needBench(t, "")
+	var err error
+	if b.driver, err = qemu.New(qemu.Config{Accelerator: "tcg", BlockDeviceDriver: "virtio-scsi", Log: quiet()}); err != nil {
+		t.Skip(err)
+	}
+	m, link := up(t, b, b.spec(t))
+	ctx := deadline(t, 60*time.Second)
+	disk := makeDisk(t)
+	for round := range 2 {
+		begin := time.Now()
+		if err := m.AttachDisk(ctx, vm.Disk{Path: disk, Serial: "scsi-disk", ReadOnly: true}); err != nil {
+			t.Fatal(err)
+		}
+		if out := ask(t, link, "until [ -e /sys/block/sda/device/vpd_pg80 ]; do sleep 0.05; done; cat /sys/block/sda/device/vpd_pg80"); !strings.Contains(out, "scsi-disk") {
+			t.Errorf("the guest sees the disk %q", out)
+		}
+		seen := time.Since(begin)
+		if err := m.DetachDisk(ctx, "scsi-disk"); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("round %d: in the guest after %v, out of it after %v", round, seen.Round(time.Millisecond), (time.Since(begin) - seen).Round(time.Millisecond))
+		if out := ask(t, link, "for i in 1 2 3 4 5 6 7 8 9 10; do [ -e /sys/block/sda ] || break; sleep 0.2; done; ls /sys/block"); strings.Contains(out, "sda\n") {
+			t.Errorf("the guest still has the disk: %q", out)
+		}
+	}
+}

@@ -570,6 +570,56 @@ func TestDisks(t *testing.T) {
 	}
 }
 
+// TestSCSIDisks: the disks of a machine with a controller come and go on it, also for a daemon that is
+// configured otherwise by then.
+func TestSCSIDisks(t *testing.T) {
+	path := vmtest.StandIn(t, vmtest.Behaviour{})
+	d, err := qemu.New(qemu.Config{Path: path, Accelerator: "tcg", BlockDeviceDriver: "virtio-scsi", Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := plainSpec(t)
+	m, err := d.Create(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := deadline(t, 20*time.Second)
+	if err := m.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer m.Stop(context.Background())
+	disk := makeDisk(t)
+	for i := range qemu.RootPorts {
+		if err := m.AttachDisk(ctx, vm.Disk{Path: disk, Serial: fmt.Sprint("d", i), ReadOnly: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	state, err := m.State()
+	if err != nil {
+		t.Fatal(err)
+	}
+	qemu.DropMonitor(m)
+	later, err := qemu.New(qemu.Config{Path: path, Accelerator: "tcg", Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	restored, err := later.Restore(ctx, state.Saved)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := restored.DetachDisk(ctx, "d1"); err != nil {
+			t.Fatal(err)
+		}
+		if err := restored.AttachDisk(ctx, vm.Disk{Path: disk, Serial: "d1", ReadOnly: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := qemu.New(qemu.Config{Path: path, Accelerator: "tcg", BlockDeviceDriver: "floppy", Log: quiet()}); err == nil {
+		t.Error("a floppy is no driver")
+	}
+}
+
 func TestDisksRefused(t *testing.T) {
 	_, m := start(t, vmtest.Behaviour{}, plainSpec(t))
 	ctx := deadline(t, 20*time.Second)

@@ -20,6 +20,8 @@ type CommandLine struct {
 	Listening map[string]int
 	// RootPorts are the ids of the slots for hot-plugged devices.
 	RootPorts map[string]bool
+	// SCSI says that there is a controller with the bus scsi0.0.
+	SCSI bool
 	// Devices are the other devices: each with its driver under "driver".
 	Devices []map[string]string
 	// Netdevs and Objects by their ids, with what they are under "type".
@@ -221,6 +223,11 @@ func (c *CommandLine) device(kv map[string]string) error {
 		}
 		c.RootPorts[kv["id"]] = true
 		return nil
+	case "virtio-scsi-pci":
+		if c.SCSI || kv["id"] != "scsi0" {
+			return fmt.Errorf("not the one controller")
+		}
+		c.SCSI = true
 	case "vhost-vsock-pci":
 		if err := c.fd(kv["vhostfd"], driver); err != nil {
 			return err

@@ -469,11 +469,22 @@ func (s *standIn) addDevice(args json.RawMessage, _ *os.File) (any, error) {
 		Bus    string `json:"bus"`
 		Drive  string `json:"drive"`
 		Serial string `json:"serial"`
+		Target *int   `json:"scsi-id"`
 	}
 	if err := DecodeStrictly(args, &a); err != nil {
 		return nil, err
 	}
-	if a.Driver != "virtio-blk-pci" || s.nodes[a.Drive] == nil || a.ID != a.Drive {
+	if a.Driver == "scsi-hd" && s.line.SCSI && a.Bus == "scsi0.0" && a.Target != nil && s.nodes[a.Drive] != nil && a.ID == a.Drive {
+		target := fmt.Sprint(a.Bus, ":", *a.Target)
+		for _, bus := range s.disks {
+			if bus == target {
+				return nil, verbatim("lun already used by '%s'", a.ID)
+			}
+		}
+		s.disks[a.ID] = target
+		return nil, nil
+	}
+	if a.Driver != "virtio-blk-pci" || a.Target != nil || s.nodes[a.Drive] == nil || a.ID != a.Drive {
 		return nil, verbatim("Property 'virtio-blk-device.drive' can't find value")
 	}
 	if !s.line.RootPorts[a.Bus] {

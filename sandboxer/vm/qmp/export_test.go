@@ -1,0 +1,6 @@
+package qmp
+
+const (
+	MaxRequest = maxRequest
+	MaxReply   = maxReply
+)
