@@ -56,10 +56,13 @@ type pod struct {
 	address string
 }
 
-func newPod(t testing.TB) *pod {
+func newPod(t testing.TB) *pod { return newPodOf(t, false) }
+
+// newPodOf is newPod for a client that announces containers or does not.
+func newPodOf(t testing.TB, announced bool) *pod {
 	p := &pod{t: t, guest: guesttest.New(t), socket: filepath.Join(t.TempDir(), "t")}
 	p.address = "ttrpc+unix://" + p.socket
-	p.set = container.NewSet(container.Options{PodID: "pod", Guest: p.guest, Storage: noStorage{}})
+	p.set = container.NewSet(container.Options{PodID: "pod", Guest: p.guest, Storage: noStorage{}, Announced: announced})
 	p.server = NewServer(Options{Set: p.set, Address: p.address, PodID: "pod"})
 	l, err := net.Listen("unix", p.socket)
 	if err != nil {
