@@ -158,6 +158,43 @@ func layer(busybox []byte, applets []string) (compressed []byte, diffID digest.D
 	return out.Bytes(), sum.Digest(), nil
 }
 
+// Archive is the image as "docker save" writes it, for engines that load such a file.
+func (i *Image) Archive() ([]byte, error) {
+	config := i.config.descriptor.Digest.Encoded() + ".json"
+	manifest, err := json.Marshal([]map[string]any{{
+		"Config": config, "RepoTags": []string{i.Name}, "Layers": []string{"layer.tar"},
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("cannot archive %s: %w", i.Name, err)
+	}
+	unzipped, err := gzip.NewReader(bytes.NewReader(i.layer.data))
+	if err != nil {
+		return nil, fmt.Errorf("cannot archive %s: %w", i.Name, err)
+	}
+	layer, err := io.ReadAll(unzipped)
+	if err != nil {
+		return nil, fmt.Errorf("cannot archive %s: %w", i.Name, err)
+	}
+	var out bytes.Buffer
+	archive := tar.NewWriter(&out)
+	for _, file := range []struct {
+		name string
+		data []byte
+	}{{config, i.config.data}, {"layer.tar", layer}, {"manifest.json", manifest}} {
+		header := &tar.Header{Typeflag: tar.TypeReg, Format: tar.FormatUSTAR, Name: file.name, Mode: 0o644, Size: int64(len(file.data))}
+		if err = archive.WriteHeader(header); err == nil {
+			_, err = archive.Write(file.data)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("cannot archive %s: %w", i.Name, err)
+		}
+	}
+	if err := archive.Close(); err != nil {
+		return nil, fmt.Errorf("cannot archive %s: %w", i.Name, err)
+	}
+	return out.Bytes(), nil
+}
+
 // Unpack makes the image's root file system in a directory, which must exist.
 func (i *Image) Unpack(dir string) error {
 	fail := func(err error) error { return fmt.Errorf("cannot unpack %s into %s: %w", i.Name, dir, err) }

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"encoding/json"
 	"errors"
 	"io"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 func TestLayerIsReproducibleAndComplete(t *testing.T) {
@@ -86,5 +88,44 @@ func TestUnpack(t *testing.T) {
 	}
 	if err := image.Unpack(dir); err == nil {
 		t.Error("a root file system is unpacked over another")
+	}
+}
+
+// The archive holds what its manifest names, and the layer is the one that the configuration names.
+func TestArchive(t *testing.T) {
+	busybox, err := Busybox()
+	if err != nil {
+		t.Skip(err)
+	}
+	data, err := busybox.Archive()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string][]byte{}
+	for archive := tar.NewReader(bytes.NewReader(data)); ; {
+		header, err := archive.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if files[header.Name], err = io.ReadAll(archive); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var manifest []struct {
+		Config           string
+		RepoTags, Layers []string
+	}
+	if err := json.Unmarshal(files["manifest.json"], &manifest); err != nil || len(manifest) != 1 || len(manifest[0].Layers) != 1 {
+		t.Fatalf("the manifest is %s: %v", files["manifest.json"], err)
+	}
+	var config ocispec.Image
+	if err := json.Unmarshal(files[manifest[0].Config], &config); err != nil {
+		t.Fatal(err)
+	}
+	if got := digest.FromBytes(files[manifest[0].Layers[0]]); len(config.RootFS.DiffIDs) != 1 || got != config.RootFS.DiffIDs[0] || manifest[0].RepoTags[0] != Name {
+		t.Errorf("the layer is %s, the configuration names %v; the tags are %q", got, config.RootFS.DiffIDs, manifest[0].RepoTags)
 	}
 }

@@ -22,8 +22,11 @@ const (
 	qemuConfig = "/var/lib/kuasar/config_qemu.toml"
 	sysconfig  = "/etc/sysconfig/kuasar-vmm"
 	state      = "/run/kuasar-vmm"
-	handler    = "vmm"
-	gateway    = "10.88.0.1" // of defaults/cni.conflist
+
+	stratovirtConfig = "/var/lib/kuasar/config_stratovirt.toml"
+
+	handler = "vmm"
+	gateway = "10.88.0.1" // of defaults/cni.conflist
 )
 
 // The appliance's life on a node with KVM and vsock, as the guide tells it. Each step goes on from where
@@ -32,36 +35,56 @@ func TestOnNode(t *testing.T) {
 	if os.Getenv("KUASAR_NODE") == "" {
 		t.Skip("runs on a node that TestNode boots")
 	}
-	n := &guide{onNode: &onNode{t: t}, ctx: context.Background()}
+	n := &guide{onNode: &onNode{t: t}, ctx: context.Background(), hypervisor: hypervisor{"qemu-system-x86_64", qemuConfig}}
 	n.step("The node", n.node)
 	n.step("yum install kuasar", n.install)
 	n.step("The configuration: QEMU on KVM, with the debug console", n.configure)
 	n.step("systemctl restart kuasar-vmm", n.start)
 	n.step("kuasar-ctl check", n.check)
 	n.step("containerd, configured by kuasar-ctl", n.containerd)
-	n.step("The guide's pod: crictl run -r vmm pod-container.yaml podsandbox.yaml", n.guidePod)
-	n.step("The virtual machine, its CID, and what it is made of", n.machine)
-	n.step("ncat --vsock <cid> 1025: inside the pod's machine", n.console)
-	n.step("Another pod beside it", n.second)
-	n.step("systemctl restart kuasar-vmm, with pods alive", func() { n.survive("systemctl restart kuasar-vmm") })
-	n.step("SIGKILL of the daemon, with pods alive", func() { n.survive("systemctl kill --signal=SIGKILL kuasar-vmm") })
-	n.step("iSulad 2.1.3 beside containerd: vsock://<cid>:1024, streams over FIFOs", n.iSulad(isulad.V213, scenario.Lifecycle))
-	n.step("iSulad 2.1.5: vsock://<cid>:1024, streams over the guest's ports", n.iSulad(isulad.V215, scenario.Lifecycle))
-	n.step("iSulad 2.1.6: ttrpc+vsock://<cid>:1024, the network later", n.iSulad(isulad.V216, scenario.Lifecycle))
-	n.step("iSulad 2.1.5: restart and SIGKILL of the daemon", n.iSulad(isulad.V215, scenario.Restarts))
-	n.step("iSulad 2.1.6: restart and SIGKILL of the daemon", n.iSulad(isulad.V216, scenario.Restarts))
-	n.step("crictl stopp, crictl rmp", n.remove)
+	n.life()
+	if n.given("stratovirt", "STRATOVIRT", "StratoVirt") {
+		n.hypervisor = hypervisor{"stratovirt", stratovirtConfig}
+		n.step("The configuration: StratoVirt", n.stratovirt)
+		n.step("systemctl restart kuasar-vmm, with StratoVirt", n.start)
+		n.life()
+	}
+	if n.given("isulad", "ISULAD_ROOT", "iSulad") {
+		n.step("iSulad itself", n.realISulad)
+	}
 	n.step("yum remove kuasar", n.erase)
+}
+
+// life is what pods on one hypervisor go through.
+func (n *guide) life() {
+	with := " (" + n.hypervisor.program + ")"
+	n.step("The guide's pod: crictl run -r vmm pod-container.yaml podsandbox.yaml"+with, n.guidePod)
+	n.step("The virtual machine, its CID, and what it is made of"+with, n.machine)
+	n.step("ncat --vsock <cid> 1025: inside the pod's machine"+with, n.console)
+	n.step("Another pod beside it"+with, n.second)
+	n.step("systemctl restart kuasar-vmm, with pods alive"+with, func() { n.survive("systemctl restart kuasar-vmm") })
+	n.step("SIGKILL of the daemon, with pods alive"+with, func() { n.survive("systemctl kill --signal=SIGKILL kuasar-vmm") })
+	n.step("iSulad 2.1.3 beside containerd: vsock://<cid>:1024, streams over FIFOs"+with, n.iSulad(isulad.V213, scenario.Lifecycle))
+	n.step("iSulad 2.1.5: vsock://<cid>:1024, streams over the guest's ports"+with, n.iSulad(isulad.V215, scenario.Lifecycle))
+	n.step("iSulad 2.1.6: ttrpc+vsock://<cid>:1024, the network later"+with, n.iSulad(isulad.V216, scenario.Lifecycle))
+	n.step("iSulad 2.1.5: restart and SIGKILL of the daemon"+with, n.iSulad(isulad.V215, scenario.Restarts))
+	n.step("iSulad 2.1.6: restart and SIGKILL of the daemon"+with, n.iSulad(isulad.V216, scenario.Restarts))
+	n.step("crictl stopp, crictl rmp"+with, n.remove)
 }
 
 // guide is the scenario through containerd.
 type guide struct {
 	*onNode
-	ctx  context.Context
-	cri  *cri.Client
-	pods []*guidePod
-	// left is what was there before the first pod.
-	left string
+	ctx        context.Context
+	hypervisor hypervisor
+	cri        *cri.Client
+	pods       []*guidePod
+}
+
+// A hypervisor of the pods.
+type hypervisor struct {
+	program string
+	config  string // the daemon's file for it
 }
 
 // A guidePod is a pod of the guide, with its container.
@@ -69,6 +92,12 @@ type guidePod struct {
 	name, id, container, log string
 	cid                      string // of its virtual machine
 	config                   *runtimeapi.PodSandboxConfig
+}
+
+// processes is a command that shows the virtual machine of a pod. The pattern does not find itself.
+func (n *guide) processes(pod string) string {
+	p := n.hypervisor.program
+	return fmt.Sprintf("ps -ww -ef | grep '[%s]%s.*sandbox-%s'", p[:1], p[1:], pod)
 }
 
 func (n *guide) node() {
@@ -95,12 +124,20 @@ func (n *guide) install() {
 }
 
 func (n *guide) configure() {
-	// Emulated processors boot guests slowly, and a busy machine more so.
-	n.show("sed -i '/^log_level = /a boot_timeout_in_s = 60' " + qemuConfig)
 	n.show("sed -i 's/^accelerator = .*/accelerator = \"kvm\"/' " + qemuConfig)
 	n.show("sed -i 's/^debug = .*/debug = true/; s/^log_level = .*/log_level = \"debug\"/' " + qemuConfig)
-	n.show("echo 'OPTIONS=\"--config " + qemuConfig + "\"' >" + sysconfig)
-	n.show("grep -v '^#' " + qemuConfig + "; cat " + sysconfig)
+	n.use(qemuConfig)
+}
+
+// use makes a configuration the daemon's.
+func (n *guide) use(config string) {
+	n.t.Helper()
+	// Emulated processors boot guests slowly, and a busy machine more so. Each character of the guest's
+	// console costs them much.
+	n.show("sed -i '/^log_level = /a boot_timeout_in_s = 60' " + config)
+	n.show("sed -i 's/^kernel_params = \"/&quiet /' " + config)
+	n.show("echo 'OPTIONS=\"--config " + config + "\"' >" + sysconfig)
+	n.show("grep -v '^#' " + config + "; cat " + sysconfig)
 }
 
 func (n *guide) start() {
@@ -247,11 +284,13 @@ var cidOf = regexp.MustCompile(`vhost-vsock-pci\S*,guest-cid=(\d+)`)
 
 func (n *guide) machine() {
 	p := n.pods[0]
-	// The pattern does not find the pipeline itself.
-	line := n.show(fmt.Sprintf("ps -ww -ef | grep '[q]emu.*sandbox-%s'", p.id))
-	n.says(line, "vhost-vsock-pci", "guest-cid=", "vhost-user-fs-pci", "accel=kvm", "/var/lib/kuasar/vmlinux.bin", "/var/lib/kuasar/kuasar.initrd")
+	line := n.show(n.processes(p.id))
+	n.says(line, "vhost-vsock-pci", "guest-cid=", "vhost-user-fs-pci", "/var/lib/kuasar/vmlinux.bin", "/var/lib/kuasar/kuasar.initrd")
+	if n.hypervisor.program == "qemu-system-x86_64" { // StratoVirt has nothing but KVM
+		n.says(line, "-accel kvm")
+	}
 	p.cid = n.cid(p)
-	n.show("ps -ww -ef | grep '[v]irtiofsd'")
+	n.show("ps -ww -ef | grep '[v]irtiofsd -f'")
 	// Both ends of the connections between the daemon, CID 2, and the guest; the agent has made the first.
 	connections := n.show("ss --vsock --all --numeric")
 	n.says(connections, p.cid)
@@ -260,14 +299,13 @@ func (n *guide) machine() {
 	n.says(files, "console.sock", "sandbox-"+p.id+".log", "sandbox-"+p.id+".pid")
 	n.show("kuasar-ctl list")
 	n.show("kuasar-ctl inspect " + p.id[:13])
-	hello := n.show("journalctl --no-pager --output=cat --unit=kuasar-vmm | grep -i -E 'hello|agent|vsock|cid' | tail -n 8")
-	_ = hello
+	n.show("journalctl --no-pager --output=cat --unit=kuasar-vmm | grep 'the agent called'")
 }
 
 // cid finds a pod's context id.
 func (n *guide) cid(p *guidePod) string {
 	n.t.Helper()
-	found := cidOf.FindStringSubmatch(n.ask(fmt.Sprintf("ps -ww -ef | grep '[q]emu.*sandbox-%s'", p.id)))
+	found := cidOf.FindStringSubmatch(n.ask(n.processes(p.id)))
 	if found == nil {
 		n.t.Fatalf("the virtual machine of pod %s has no context id", p.name)
 	}
@@ -276,12 +314,12 @@ func (n *guide) cid(p *guidePod) string {
 
 func (n *guide) console() {
 	p := n.pods[0]
-	output := n.show(fmt.Sprintf("printf '%%s\\n' 'ip addr show' 'ping -c 3 %s' 'mount | grep virtiofs' 'uname -a' exit | timeout 60 ncat --vsock %s 1025", gateway, p.cid))
+	output := n.typed("ncat --vsock "+p.cid+" 1025", "ip addr show", "ping -c 3 "+gateway, "cat /proc/mounts", "uname -a", "exit")
 	status, err := n.cri.Runtime.PodSandboxStatus(n.ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id})
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.says(output, "inet "+status.Status.GetNetwork().GetIp()+"/16", "eth0", "3 packets received", "type virtiofs")
+	n.says(output, "inet "+status.Status.GetNetwork().GetIp()+"/16", "eth0", "64 bytes from "+gateway+": icmp_seq=3", " virtiofs ")
 }
 
 func (n *guide) second() {
@@ -294,13 +332,13 @@ func (n *guide) second() {
 	for _, p := range n.pods {
 		n.logs(p)
 	}
-	output := n.show(fmt.Sprintf("printf '%%s\\n' 'ip -4 addr show dev eth0' exit | timeout 60 ncat --vsock %s 1025", p.cid))
+	output := n.typed("ncat --vsock "+p.cid+" 1025", "ip addr show", "exit")
 	n.says(output, "inet 10.88.")
 }
 
 // survive checks that all works on after the daemon has ended.
 func (n *guide) survive(disturbance string) {
-	machines := func() string { return n.ask("pgrep -f '[q]emu-system.*sandbox-' | sort | tr '\\n' ' '") }
+	machines := func() string { return n.ask("pgrep -f ' -name sandbox-' | sort | tr '\\n' ' '") }
 	before, pid := machines(), n.pid()
 	n.show(disturbance)
 	n.eventually("there is another daemon", func() bool {
@@ -342,6 +380,7 @@ func (n *guide) remove() {
 			n.t.Fatal(err)
 		}
 	}
+	n.pods = nil
 	n.list(0)
 	n.nothingRuns()
 }
@@ -349,7 +388,7 @@ func (n *guide) remove() {
 // nothingRuns checks that the pods have left nothing.
 func (n *guide) nothingRuns() {
 	n.t.Helper()
-	const things = "pgrep -a -f '[q]emu-system|[v]irtiofsd'; ls " + state + "; ip -o link | grep -E 'tap|veth'; ip netns; " +
+	const things = "pgrep -a -f '[q]emu-system|[s]tratovirt|[v]irtiofsd|[v]host_user_fs'; ls " + state + "; ip -o link | grep -E 'tap|veth'; ip netns; " +
 		"grep -E ' (" + state + "|/run/netns/)' /proc/self/mountinfo; find /sys/fs/cgroup -type d -path '*kuasar*sandbox*'; ss -H --vsock --all"
 	n.eventually("nothing is left of the pods", func() bool {
 		output, _ := n.quietly(things, discard{})

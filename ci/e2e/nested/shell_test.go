@@ -3,6 +3,7 @@ package nested
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -60,6 +61,32 @@ func (n *onNode) try(line string) (string, error) {
 		fmt.Printf("(%v)\n", err)
 	}
 	return output, err
+}
+
+// typed runs a command as one who types lines into it and then waits for its end, without ending the input.
+func (n *onNode) typed(line string, input ...string) string {
+	n.t.Helper()
+	fmt.Printf("[root@node ~]# %s\n", line)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var output bytes.Buffer
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", "exec "+line)
+	cmd.Stdout = io.MultiWriter(&output, os.Stdout)
+	cmd.Stderr = cmd.Stdout
+	cmd.WaitDelay = time.Second
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	_, err = io.WriteString(stdin, strings.Join(input, "\n")+"\n")
+	if err = errors.Join(err, cmd.Wait()); err != nil {
+		n.t.Fatalf("%s: %v", line, err)
+	}
+	fmt.Println()
+	return output.String()
 }
 
 // ask runs a shell command line that must succeed without printing anything.
