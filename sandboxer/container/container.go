@@ -25,7 +25,10 @@ import (
 	"time"
 
 	task "github.com/containerd/containerd/api/runtime/task/v3"
+	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/handover"
@@ -400,8 +403,12 @@ func (s *Set) Start(ctx context.Context, id, execID string) (pid uint32, err err
 	ctx, cancel := s.operation(ctx, createTimeout)
 	defer cancel()
 	answer, err := s.opts.Guest.Task().Start(ctx, &task.StartRequest{ID: id, ExecID: execID})
-	if err == nil {
+	switch {
+	case err == nil:
 		err = s.checkPID(p, answer.GetPid())
+	case replayed(ctx) && status.Code(err) == codes.FailedPrecondition:
+		// When this daemon looked the guest was still at the earlier one's call.
+		err = s.begun(ctx, p, err)
 	}
 	s.mu.Lock()
 	p.starting = false
@@ -414,6 +421,30 @@ func (s *Set) Start(ctx context.Context, id, execID string) (pid uint32, err err
 	}
 	s.journal()
 	return p.pid, nil
+}
+
+// startPoll is how often the guest is asked whether a process has begun that it is starting.
+const startPoll = 20 * time.Millisecond
+
+// begun waits until the guest has done what an earlier daemon asked of it: to start a process. It
+// returns refused if the guest is not at it.
+func (s *Set) begun(ctx context.Context, p *process, refused error) error {
+	for {
+		state, err := s.guestState(ctx, p.container.id, p.execID)
+		switch {
+		case err != nil:
+			return err
+		case state == tasktypes.Status_UNKNOWN:
+			return refused
+		case state != tasktypes.Status_CREATED:
+			return nil
+		}
+		select {
+		case <-time.After(startPoll):
+		case <-ctx.Done():
+			return refused
+		}
+	}
 }
 
 // Kill sends a signal to a process; all is for every process of the container. A process that has

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	task "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -88,6 +89,22 @@ func TestReplay(t *testing.T) {
 	}
 	if _, err := e.Start(again, "made", ""); err != nil {
 		t.Errorf("start what runs: %v", err)
+	}
+	// The guest was at the earlier daemon's call still when this one asked it for the state.
+	if err := addExec(e, ctx, "runs", "late"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.guest.Task().Start(ctx, &task.StartRequest{ID: "runs", ExecID: "late"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Start(ctx, "runs", "late"); err == nil {
+		t.Error("what runs is started")
+	}
+	if _, err := e.Start(again, "runs", "late"); err != nil {
+		t.Errorf("start what the guest has started meanwhile: %v", err)
+	}
+	if exit, err := e.Wait(again, "runs", "late"); err != nil || exit.Status != 1 {
+		t.Errorf("wait for what the guest has started meanwhile: %+v, %v", exit, err)
 	}
 	if exit, err := e.Wait(again, "gone", ""); err != nil || !exit.At.Equal(was.At) {
 		t.Errorf("wait for what is deleted: %+v, %v; it was %+v", exit, err, was)
