@@ -86,8 +86,7 @@ func (a *announcement) replaced() {
 	}
 }
 
-// unmade lists the announcements of processes that were not made. It is for the one who has taken p
-// out of Service.prepared.
+// unmade lists the announcements of processes that were not made. Service.mu is held.
 func (p *preparation) unmade() []*announcement {
 	all := slices.Collect(maps.Values(p.execs))
 	if p.main != nil && !p.made {
@@ -123,14 +122,15 @@ func (s *Service) PrepareProcess(_ context.Context, r *protocol.PrepareProcessRe
 	s.mu.Lock()
 	p, c := s.prepared[id], s.containers[id]
 	var old *announcement
+	direct := false
 	if p != nil {
-		old = p.execs[execID]
+		old, direct = p.execs[execID], p.main != nil
 	}
 	s.mu.Unlock()
 	switch {
 	case p == nil:
 		return fail(fmt.Errorf("the container was not announced: %w", errdefs.ErrNotFound))
-	case p.main == nil:
+	case !direct:
 		return fail(fmt.Errorf("the container is not a direct one: %w", errdefs.ErrFailedPrecondition))
 	case c != nil && !c.dropPurged(execID):
 		return fail(fmt.Errorf("it was made: %w", errdefs.ErrAlreadyExists))
@@ -213,28 +213,45 @@ func (s *Service) takeExec(c *container, execID string) (*announcement, error) {
 	return nil, fmt.Errorf("exec %s was not announced with PrepareProcess: %w", execID, errdefs.ErrFailedPrecondition)
 }
 
-// deleted notes that a container was deleted by its client.
+// deleted notes that a container was deleted. A direct one is not created again as it was announced,
+// and its announcement may stand for as long as the pod lives: what it needs is given back now.
 func (s *Service) deleted(c *container) {
+	if !c.direct {
+		s.forget(c)
+		return
+	}
 	s.mu.Lock()
-	if s.containers[c.id] == c {
-		delete(s.containers, c.id)
-		if p := s.prepared[c.id]; p != nil && c.direct {
-			p.deleted = c
+	p := s.prepared[c.id]
+	s.mu.Unlock()
+	var err error
+	if p != nil {
+		if err = p.mounts.unmount(); err != nil {
+			c.log.Error("cannot give the storage of a deleted container back before it is purged", "err", err)
 		}
 	}
+	s.mu.Lock()
+	current := s.containers[c.id] == c && s.prepared[c.id] == p && p != nil
+	if s.containers[c.id] == c {
+		delete(s.containers, c.id)
+	}
+	if current {
+		p.spec = nil
+		p.deleted, p.freed = c, err == nil
+	}
 	s.mu.Unlock()
-	if c.direct {
+	if current && err == nil {
 		s.onDelete(c.id)
 	}
 }
 
-// Deleted lists the direct containers that were deleted by their clients and not purged since.
+// Deleted lists the direct containers that were deleted by their clients, use nothing of the host's
+// any more, and were not purged since.
 func (s *Service) Deleted() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var ids []string
 	for id, p := range s.prepared {
-		if p.deleted != nil {
+		if p.freed {
 			ids = append(ids, id)
 		}
 	}

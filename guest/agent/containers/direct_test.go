@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -73,13 +74,13 @@ func newClient(t *testing.T) *client {
 	return &client{g, filepath.Dir(g.socket)}
 }
 
-func (c *client) announce(id string, spec *specs.Spec, d *protocol.Direct) {
+func (c *client) announce(id string, spec *specs.Spec, d *protocol.Direct, storages ...*protocol.Storage) {
 	c.t.Helper()
 	b, err := json.Marshal(spec)
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	if err := c.s.Prepare(context.Background(), &protocol.PrepareContainerRequest{ContainerId: id, Spec: b, Direct: d}); err != nil {
+	if err := c.s.Prepare(context.Background(), &protocol.PrepareContainerRequest{ContainerId: id, Spec: b, Direct: d, Storages: storages}); err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -138,7 +139,15 @@ func TestDirectLife(t *testing.T) {
 	c := newClient(t)
 	ctx := context.Background()
 	h := c.open(false, false)
-	c.announce("c1", c.spec("sh", "-c", "echo ready; sleep 1000"), &protocol.Direct{Stdout: h.names.stdout, Stderr: h.names.stderr})
+	c.announce("c1", c.spec("sh", "-c", "echo ready; sleep 1000"), &protocol.Direct{Stdout: h.names.stdout, Stderr: h.names.stderr},
+		&protocol.Storage{Kind: protocol.Storage_TMPFS, MountPoint: filepath.Join(c.s.storageDir, "c1")})
+	mounted := func() bool {
+		table, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(table), filepath.Join(c.s.storageDir, "c1"))
+	}
 	if _, err := c.s.Create(ctx, createRequest("c2")); !errdefs.IsFailedPrecondition(class(err)) {
 		t.Errorf("create without announcement: %v", err)
 	}
@@ -177,10 +186,13 @@ func TestDirectLife(t *testing.T) {
 	}
 	stats()
 	pids()
-	if len(c.s.Deleted()) != 0 {
-		t.Errorf("deleted: %v", c.s.Deleted())
+	if len(c.s.Deleted()) != 0 || !mounted() {
+		t.Errorf("before delete: deleted %v, storage mounted %v", c.s.Deleted(), mounted())
 	}
 	c.delete("c1", "")
+	if mounted() {
+		t.Error("the storage of the deleted container is mounted")
+	}
 	if _, err := c.s.Shutdown(ctx, &taskapi.ShutdownRequest{ID: "c1"}); err != nil {
 		t.Errorf("shutdown: %v", err)
 	}

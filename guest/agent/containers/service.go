@@ -122,6 +122,8 @@ type preparation struct {
 	made bool
 	// deleted is the container once its client has deleted it. Its output may still be on its way.
 	deleted *container
+	// freed says that it is deleted and that its storages are unmounted.
+	freed bool
 	// execs are the announced ones that are not made, by their ids.
 	execs map[string]*announcement
 }
@@ -223,9 +225,13 @@ func (s *Service) Prepare(_ context.Context, r *protocol.PrepareContainerRequest
 	}
 	old := s.prepared[id]
 	delete(s.prepared, id)
+	var unmade []*announcement
+	if old != nil {
+		unmade = old.unmade()
+	}
 	s.mu.Unlock()
 	if old != nil {
-		for _, a := range old.unmade() {
+		for _, a := range unmade {
 			a.replaced()
 		}
 		if err := old.mounts.unmount(); err != nil {
@@ -280,17 +286,21 @@ func (s *Service) Purge(ctx context.Context, id string) error {
 	s.mu.Lock()
 	p := s.prepared[id]
 	delete(s.prepared, id)
+	var unmade []*announcement
+	if p != nil {
+		unmade = p.unmade()
+		p.main, p.execs = nil, nil
+		if p.deleted != nil {
+			p.deleted.cancel()
+			p.deleted, p.freed = nil, false
+		}
+	}
 	s.mu.Unlock()
 	if p == nil {
 		return nil
 	}
-	for _, a := range p.unmade() {
+	for _, a := range unmade {
 		a.end()
-	}
-	p.main, p.execs = nil, nil
-	if p.deleted != nil {
-		p.deleted.cancel()
-		p.deleted = nil
 	}
 	if err := p.mounts.unmount(); err != nil {
 		s.mu.Lock()

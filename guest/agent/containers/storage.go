@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -21,6 +22,7 @@ const diskTimeout = 5 * time.Second
 
 // storageMounts are the mounted Storages of one container, in the order of their mounting.
 type storageMounts struct {
+	mu     sync.Mutex // held by unmount
 	points []string
 }
 
@@ -78,6 +80,8 @@ func (m *storageMounts) unmount() error {
 	if m == nil {
 		return nil
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	var failed []string
 	var errs []error
 	for _, point := range slices.Backward(m.points) {
