@@ -703,6 +703,9 @@ func (s *Set) Withdraw(ctx context.Context, id, execID string) error {
 			return err
 		}
 	}
+	if !s.opts.Announced && !s.opts.Direct {
+		return notFound(id, execID) // what is here, its client deletes
+	}
 	a, release, err := s.hold(ctx, id, false)
 	if err != nil {
 		return fmt.Errorf("cannot withdraw container %s: %w", id, err)

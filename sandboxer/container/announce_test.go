@@ -353,6 +353,10 @@ func TestRefusedAnnouncements(t *testing.T) {
 	if err := p.AnnounceContainer(testContext(t), p.announcement("c", spec("true"))); !errdefs.IsNotImplemented(err) {
 		t.Errorf("a client that does not announce: %v", err)
 	}
+	p.run("c", IO{}, "sleep")
+	if err := p.Withdraw(testContext(t), "c", ""); !errdefs.IsNotFound(err) || p.status("c", "") != Running {
+		t.Errorf("a withdrawal of what was not announced: %v", err)
+	}
 }
 
 func TestTooManySpecs(t *testing.T) {
