@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -110,6 +111,13 @@ func BadInput(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 		})
 	}
 
+	t.Run("root file system: a block device that is mounted on the host", func(t *testing.T) {
+		device := mountedDevice(t, scratch)
+		c := bystander.with(t).create("true", func(spec *isulad.SpecConfig, c *isulad.Container) { spec.RootFS, c.RootFS = device, device })
+		refused(t, h.StartContainer(c.id), "mounted on the host")
+		unharmed(t)
+	})
+
 	// Specs.
 	for name, edit := range map[string]func(map[string]any){
 		"no process":           func(spec map[string]any) { delete(spec, "process") },
@@ -199,4 +207,41 @@ func addDevice(spec map[string]any) {
 	linux["devices"] = append(linux["devices"].([]map[string]any), map[string]any{
 		"path": "/dev/sda", "type": "b", "major": 8, "minor": 0,
 	})
+}
+
+// mountedDevice returns a block device whose file system is mounted in dir until the test ends.
+func mountedDevice(t *testing.T, dir string) string {
+	t.Helper()
+	file, point := filepath.Join(dir, "disk"), filepath.Join(dir, "mounted")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(file, 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := run("mke2fs", "-q", "-F", "-t", "ext4", file); err != nil {
+		t.Skip(err)
+	}
+	output, err := exec.Command("losetup", "--find", "--show", file).Output()
+	if err != nil {
+		t.Skip("this machine gives out no loop devices: ", err)
+	}
+	device := strings.TrimSpace(string(output))
+	t.Cleanup(func() {
+		if err := run("losetup", "--detach", device); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Mkdir(point, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(device, point, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unmount(point); err != nil {
+			t.Error(err)
+		}
+	})
+	return device
 }
