@@ -99,7 +99,7 @@ func onNode(ctx context.Context, tree build.Tree, out io.Writer) error {
 	}
 	// The program that boots the node is copied onto it, whose pods' processor has no AVX.
 	env := []string{"KUASAR_E2E=1", "CGO_ENABLED=0", "GOAMD64=v1"}
-	return run(ctx, tree, e2e, env, "test", "-count=1", "-timeout=30m", "-v", "-run=^TestNode$", "./nested")
+	return run(ctx, tree, e2e, env, "test", "-count=1", "-timeout=60m", "-v", "-run=^TestNode$", "./nested")
 }
 
 // endToEnd runs tests of module ci/e2e, one package at a time: each uses all of this machine.

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// limit is how long a node may take, the second one after a lost one included.
-const limit = 10 * time.Minute
+// limit is how long a node may take, and more how much longer one on which given programs are tried, too.
+const limit, more = 10 * time.Minute, 8 * time.Minute
 
 // The scenarios, on a node that is booted for them: see TestOnNode. Their transcript, the console and the
 // node's logs are left in out/node.
@@ -50,15 +50,19 @@ func TestNode(t *testing.T) {
 	defer os.RemoveAll(scratch)
 	payload := filepath.Join(scratch, "payload.ext4")
 	given := Given{StratoVirt: os.Getenv("STRATOVIRT"), Virtiofsd: os.Getenv("VIRTIOFSD"), ISulad: os.Getenv("ISULAD_ROOT")}
-	if err := makePayload(t.Context(), top, filepath.Join(scratch, "payload"), payload, given, os.Stdout); err != nil {
+	limit := limit
+	if given != (Given{}) {
+		limit += more
+	}
+	if err := makePayload(t.Context(), top, filepath.Join(scratch, "payload"), payload, given, limit-time.Minute, os.Stdout); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	defer cancel()
 	for attempt := 1; ; attempt++ {
 		v := &vm{bootable: dir, payload: payload, dir: out, progress: os.Stdout, silence: silence}
 		began := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		status, err := v.run(ctx)
+		cancel()
 		fmt.Printf("node: it lived for %s\n", time.Since(began).Round(time.Second))
 		if err := unpack(t.Context(), out); err != nil {
 			t.Error(err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"time"
 
 	"kuasar.io/kuasar/ci/e2e/peers"
 )
@@ -28,8 +29,9 @@ type Given struct {
 }
 
 // makePayload writes the node's second disk, which the node mounts as /node: the repositories that the
-// appliance is installed from, containerd with the CNI plugins, this program, and what was given.
-func makePayload(ctx context.Context, top, scratch, to string, given Given, progress io.Writer) error {
+// appliance is installed from, containerd with the CNI plugins, this program, and what was given. The
+// scenarios end by themselves after limit.
+func makePayload(ctx context.Context, top, scratch, to string, given Given, limit time.Duration, progress io.Writer) error {
 	programs, err := peers.Build(ctx, top, progress)
 	if err != nil {
 		return err
@@ -75,8 +77,10 @@ func makePayload(ctx context.Context, top, scratch, to string, given Given, prog
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(scratch, "run.sh"), []byte(script), 0o755); err != nil {
-		return err
+	for name, text := range map[string]string{"run.sh": script, "limit": limit.String()} {
+		if err := os.WriteFile(filepath.Join(scratch, name), []byte(text), 0o644); err != nil {
+			return err
+		}
 	}
 	size, err := diskSpace(scratch)
 	if err != nil {

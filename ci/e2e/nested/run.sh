@@ -4,7 +4,7 @@ exec >/dev/virtio-ports/transcript 2>&1 </dev/null
 cd /root
 systemctl is-system-running --wait
 echo "node: up after $(cut -d' ' -f1 /proc/uptime) s"
-PATH=/node/bin:$PATH KUASAR_NODE=1 /node/bin/scenarios -test.v -test.failfast -test.timeout=9m -test.run='^TestOnNode$'
+PATH=/node/bin:$PATH KUASAR_NODE=1 /node/bin/scenarios -test.v -test.failfast -test.timeout="$(cat /node/limit)" -test.run='^TestOnNode$'
 status=$?
 mkdir -p /run/collected
 journalctl --no-pager --output=short-precise --unit=kuasar-vmm >/run/collected/kuasar-vmm.log

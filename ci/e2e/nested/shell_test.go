@@ -63,18 +63,20 @@ func (n *onNode) try(line string) (string, error) {
 	return output, err
 }
 
-// typed runs a command as one who types lines into it and then waits for its end, without ending the input.
+// typed runs a command as one who types lines into it, and ends the input once the command has nothing more
+// to say: ncat ends when both sides have.
 func (n *onNode) typed(line string, input ...string) string {
 	n.t.Helper()
 	fmt.Printf("[root@node ~]# %s\n", line)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	var output bytes.Buffer
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", "exec "+line)
-	cmd.Stdout = io.MultiWriter(&output, os.Stdout)
-	cmd.Stderr = cmd.Stdout
-	cmd.WaitDelay = time.Second
+	cmd.Stderr = os.Stdout
 	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -82,7 +84,9 @@ func (n *onNode) typed(line string, input ...string) string {
 		n.t.Fatal(err)
 	}
 	_, err = io.WriteString(stdin, strings.Join(input, "\n")+"\n")
-	if err = errors.Join(err, cmd.Wait()); err != nil {
+	var output bytes.Buffer
+	_, rerr := io.Copy(io.MultiWriter(&output, os.Stdout), stdout)
+	if err = errors.Join(err, rerr, stdin.Close(), cmd.Wait()); err != nil {
 		n.t.Fatalf("%s: %v", line, err)
 	}
 	fmt.Println()
