@@ -36,7 +36,7 @@ func (n *guide) iSuladNode() *scenario.Node {
 		Restart: daemonEnds("systemctl restart kuasar-vmm"),
 		Kill:    daemonEnds("systemctl kill --signal=SIGKILL kuasar-vmm"),
 		VMM: func(pod string) (int, error) {
-			output, err := n.quietly("pgrep -f '[q]emu-system.*sandbox-"+pod+"'", discard{})
+			output, err := n.quietly("pgrep -f '[-]name sandbox-"+pod+"'", discard{})
 			if err != nil {
 				return 0, fmt.Errorf("pod %s has no virtual machine: %w", pod, err)
 			}

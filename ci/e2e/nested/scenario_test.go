@@ -64,6 +64,7 @@ func (n *guide) life() {
 	n.step("Another pod beside it"+with, n.second)
 	n.step("systemctl restart kuasar-vmm, with pods alive"+with, func() { n.survive("systemctl restart kuasar-vmm") })
 	n.step("SIGKILL of the daemon, with pods alive"+with, func() { n.survive("systemctl kill --signal=SIGKILL kuasar-vmm") })
+	n.step("crictl stopp, crictl rmp of one"+with, n.removeSecond)
 	n.step("iSulad 2.1.3 beside containerd: vsock://<cid>:1024, streams over FIFOs"+with, n.iSulad(isulad.V213, scenario.Lifecycle))
 	n.step("iSulad 2.1.5: vsock://<cid>:1024, streams over the guest's ports"+with, n.iSulad(isulad.V215, scenario.Lifecycle))
 	n.step("iSulad 2.1.6: ttrpc+vsock://<cid>:1024, the network later"+with, n.iSulad(isulad.V216, scenario.Lifecycle))
@@ -338,7 +339,7 @@ func (n *guide) second() {
 
 // survive checks that all works on after the daemon has ended.
 func (n *guide) survive(disturbance string) {
-	machines := func() string { return n.ask("pgrep -f ' -name sandbox-' | sort | tr '\\n' ' '") }
+	machines := func() string { return n.ask("pgrep -f '[-]name sandbox-' | sort | tr '\\n' ' '") }
 	before, pid := machines(), n.pid()
 	n.show(disturbance)
 	n.eventually("there is another daemon", func() bool {
@@ -373,12 +374,25 @@ func (n *guide) reached() {
 	}
 }
 
+func (n *guide) removePod(p *guidePod) {
+	n.t.Helper()
+	fmt.Printf("[root@node ~]# crictl stopp %.13[1]s; crictl rmp %.13[1]s\n", p.id)
+	if err := n.cri.RemovePod(n.ctx, p.id); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// removeSecond leaves one pod, beside which iSulad's are.
+func (n *guide) removeSecond() {
+	n.removePod(n.pods[1])
+	n.pods = n.pods[:1]
+	n.list(1)
+	n.logs(n.pods[0])
+}
+
 func (n *guide) remove() {
 	for _, p := range n.pods {
-		fmt.Printf("[root@node ~]# crictl stopp %.13s; crictl rmp %[1]s\n", p.id[:13])
-		if err := n.cri.RemovePod(n.ctx, p.id); err != nil {
-			n.t.Fatal(err)
-		}
+		n.removePod(p)
 	}
 	n.pods = nil
 	n.list(0)
