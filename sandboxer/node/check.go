@@ -15,6 +15,7 @@ import (
 	"kuasar.io/kuasar/sandboxer/pod"
 	"kuasar.io/kuasar/sandboxer/storage"
 	"kuasar.io/kuasar/sandboxer/vm/disk"
+	"kuasar.io/kuasar/sandboxer/vm/qemu"
 	"kuasar.io/kuasar/sandboxer/vm/stratovirt"
 )
 
@@ -54,6 +55,7 @@ type probes struct {
 	mountAttrs func() error
 	kvm        func(ctx context.Context, p kvmProbe) (works bool, reason string)
 	vsock      func() error
+	vhostNet   func() error
 	tun        func() error
 	redirect   func(ctx context.Context) error
 	cgroup     func() (version string, err error)
@@ -70,6 +72,7 @@ func NewChecker(s DaemonSettings) *Checker {
 		mountAttrs: probeMountAttrs,
 		kvm:        probeKVM,
 		vsock:      probeVsock,
+		vhostNet:   probeVhostNet,
 		tun:        probeTun,
 		redirect:   probeRedirect,
 		cgroup:     probeCgroup,
@@ -110,7 +113,7 @@ func (c *check) asRoot(name string, err error) bool {
 func (c *Checker) Run(ctx context.Context) []Finding {
 	run := &check{Checker: c}
 	for _, f := range []func(context.Context){
-		run.kernel, run.configuration, run.hypervisor, run.kvm, run.vsock, run.tun, run.redirect, run.modules,
+		run.kernel, run.configuration, run.hypervisor, run.kvm, run.vsock, run.vhostNet, run.tun, run.redirect, run.modules,
 		run.guestFiles, run.virtiofsd, run.cgroup, run.stateDirectory, run.daemon, run.engines,
 	} {
 		f(ctx)
@@ -390,6 +393,21 @@ func (c *check) vsock(context.Context) {
 	}
 }
 
+// vhostNet is about QEMU alone: StratoVirt moves frames itself.
+func (c *check) vhostNet(context.Context) {
+	if c.kind == kindStratoVirt {
+		return
+	}
+	err := c.probes.vhostNet()
+	switch {
+	case err == nil:
+		c.add("vhost-net", OK, "", "%s moves the frames of pods in the kernel", qemu.VhostNet)
+	case c.asRoot("vhost-net", err):
+	default:
+		c.add("vhost-net", Warning, "modprobe vhost_net", "%s; QEMU moves the frames of pods itself, which costs throughput", oneLine(err))
+	}
+}
+
 func (c *check) tun(context.Context) {
 	err := c.probes.tun()
 	switch {
@@ -418,7 +436,7 @@ func (c *check) redirect(ctx context.Context) {
 func (c *check) modules(context.Context) {
 	loaded, _ := os.ReadFile(c.Host.path("/proc/modules"))
 	var forgotten []string
-	for _, m := range []string{"vhost_vsock", "tun"} {
+	for _, m := range []string{"vhost_vsock", "vhost_net", "tun"} {
 		if hasModule(string(loaded), m) && !c.loadedAtBoot(m) {
 			forgotten = append(forgotten, m)
 		}

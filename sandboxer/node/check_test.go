@@ -40,6 +40,7 @@ path = ""
 		mountAttrs: func() error { return nil },
 		kvm:        func(context.Context, kvmProbe) (bool, string) { return true, "boots" },
 		vsock:      func() error { return nil },
+		vhostNet:   func() error { return nil },
 		tun:        func() error { return nil },
 		redirect:   func(context.Context) error { return nil },
 		cgroup:     func() (string, error) { return "v2", nil },
@@ -139,6 +140,7 @@ func TestCheck(t *testing.T) {
 			write(t, c.Host.path(qemuConfig), "[hypervisor]\npath = \"/usr/bin/qemu-system-x86_64\"\naccelerator = \"tcg\"\n", 0o644)
 			c.probes.kvm = nil
 		}, "kvm", OK, "tcg", ""},
+		{"no vhost-net", func(c *Checker) { c.probes.vhostNet = func() error { return gone } }, "vhost-net", Warning, "throughput", "modprobe vhost_net"},
 		{"no vsock", func(c *Checker) { c.probes.vsock = func() error { return gone } }, "vhost-vsock", Warning, "serial", "modprobe vhost_vsock"},
 		{"no tun", func(c *Checker) { c.probes.tun = func() error { return gone } }, "tun", Missing, "not there", "modprobe tun"},
 		{"no tc", func(c *Checker) { c.probes.redirect = func(context.Context) error { return gone } }, "network", Missing, "not there", "modprobe -a"},

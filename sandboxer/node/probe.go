@@ -107,6 +107,15 @@ func probeVsock() error {
 	return v.FD.Close()
 }
 
+// probeVhostNet opens the device, which loads its driver where that is a module.
+func probeVhostNet() error {
+	f, err := os.OpenFile(qemu.VhostNet, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 // probeTun asks the driver what it can do; a device file whose driver is missing does not answer.
 func probeTun() error {
 	const path = "/dev/net/tun"

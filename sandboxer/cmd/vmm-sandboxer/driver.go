@@ -97,7 +97,7 @@ func newQEMU(h config.Hypervisor, dir string, log *slog.Logger) (vm.Driver, erro
 	}
 	return orNil[vm.Driver](qemu.New(qemu.Config{
 		Path: h.Path, MachineType: machine, Accelerator: h.Accelerator, BlockDeviceDriver: h.BlockDeviceDriver,
-		Kernel: h.KernelPath, Firmware: h.Firmware, ProbeCache: filepath.Join(dir, ".kvm"), Debug: h.Debug, Log: log,
+		Kernel: h.KernelPath, Firmware: h.Firmware, ProbeCache: filepath.Join(dir, ".kvm"), VhostNet: qemu.VhostNet, Debug: h.Debug, Log: log,
 	}))
 }
 

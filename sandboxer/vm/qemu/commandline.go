@@ -39,9 +39,19 @@ func (in *inherited) add(f *os.File) int {
 // before QEMU runs, nobody has to poll for them.
 type sockets struct{ qmp, console, agent *os.File }
 
-// commandLine returns QEMU's arguments for a root of the given type on the image, or none, and the files for them to refer to, in their order from
-// descriptor 3.
-func (d *Driver) commandLine(s vm.Spec, rootFSType string, listening sockets) (args []string, files []*os.File) {
+// vhostNets are open vhost-net devices, one for each NIC or none at all: the host's kernel then moves the
+// frames between a tap and its NIC, without QEMU in between.
+type vhostNets []*os.File
+
+func (v vhostNets) close() {
+	for _, f := range v {
+		f.Close()
+	}
+}
+
+// commandLine returns QEMU's arguments for a root of the given type on the image, or none, and the
+// files for them to refer to, in their order from descriptor 3.
+func (d *Driver) commandLine(s vm.Spec, rootFSType string, listening sockets, vhost vhostNets) (args []string, files []*os.File) {
 	var in inherited
 	add := func(a ...string) { args = append(args, a...) }
 	arm := d.machineType == "virt"
@@ -123,7 +133,13 @@ func (d *Driver) commandLine(s vm.Spec, rootFSType string, listening sockets) (a
 		add("-device", "virtio-9p-pci,fsdev=share,mount_tag="+protocol.ShareTag)
 	}
 	for i, n := range s.NICs {
-		add("-netdev", fmt.Sprintf("tap,id=net%d,fd=%d,vhost=off", i, in.add(n.Tap)))
+		netdev := fmt.Sprintf("tap,id=net%d,fd=%d,vhost=", i, in.add(n.Tap))
+		if len(vhost) > 0 {
+			netdev += fmt.Sprintf("on,vhostfd=%d", in.add(vhost[i]))
+		} else {
+			netdev += "off"
+		}
+		add("-netdev", netdev)
 		device := fmt.Sprintf("virtio-net-pci,id=nic%d,netdev=net%d,mac=%s,romfile=", i, i, n.MAC)
 		if n.MTU != 0 && n.MTU != 1500 {
 			device += fmt.Sprintf(",host_mtu=%d", n.MTU)

@@ -29,7 +29,11 @@ func CommandLine(d *Driver, s vm.Spec) []string {
 	if s.Initrd == "" {
 		rootFSType = "ext4"
 	}
-	args, _ := d.commandLine(s, rootFSType, sockets{})
+	var vhost vhostNets
+	if d.vhostNet != "" {
+		vhost = make(vhostNets, len(s.NICs))
+	}
+	args, _ := d.commandLine(s, rootFSType, sockets{}, vhost)
 	return args
 }
 

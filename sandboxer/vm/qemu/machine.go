@@ -91,7 +91,12 @@ func (m *Machine) start(ctx context.Context, spec vm.Spec) (err error) {
 
 // launch starts the process and watches it.
 func (m *Machine) launch(spec vm.Spec, listening sockets) error {
-	args, files := m.driver.commandLine(spec, m.rootFSType, listening)
+	vhost, err := m.driver.openVhostNets(len(spec.NICs))
+	if err != nil {
+		return err
+	}
+	defer vhost.close()
+	args, files := m.driver.commandLine(spec, m.rootFSType, listening, vhost)
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return err

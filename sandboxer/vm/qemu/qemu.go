@@ -23,6 +23,9 @@ import (
 	"kuasar.io/kuasar/sandboxer/vm/process"
 )
 
+// VhostNet is the device of the host's kernel that moves frames between taps and guests.
+const VhostNet = "/dev/vhost-net"
+
 // Config is what a Driver needs to know of the host.
 type Config struct {
 	// Path of the QEMU program, such as /usr/bin/qemu-system-x86_64. Empty means the usual one of
@@ -39,6 +42,9 @@ type Config struct {
 	// ProbeCache is the file in which the outcome of that is kept until the host boots again or
 	// QEMU or the kernel changes. Empty means it is not kept.
 	ProbeCache string
+	// VhostNet is where the host's VhostNet is. Empty, or where it cannot be opened when the driver is
+	// made, QEMU moves the frames itself.
+	VhostNet string
 	// Debug lets the guest kernel talk: without it, the kernel is started with "quiet".
 	Debug bool
 	// BlockDeviceDriver is what hot-plugged disks are: virtio-blk (also when empty), each in a slot of its
@@ -58,6 +64,7 @@ type Driver struct {
 	qboot       bool // the quick firmware is there
 	debug       bool
 	scsi        bool // for hot-plugged disks
+	vhostNet    string
 	log         *slog.Logger
 }
 
@@ -104,6 +111,13 @@ func New(cfg Config) (*Driver, error) {
 	default:
 		return nil, fmt.Errorf("hypervisor.block_device_driver = %q: it is virtio-blk or virtio-scsi", cfg.BlockDeviceDriver)
 	}
+	if cfg.VhostNet != "" {
+		if err := openable(cfg.VhostNet); err == nil {
+			d.vhostNet = cfg.VhostNet
+		} else {
+			d.log.Info("QEMU moves the frames of pods itself, which costs some throughput; modprobe vhost_net", "error", err)
+		}
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, d.path, "--version").Output()
@@ -136,6 +150,32 @@ func New(cfg Config) (*Driver, error) {
 		d.qboot = d.hasFirmware(ctx, qbootROM)
 	}
 	return d, nil
+}
+
+// openVhostNets opens the device once for each of n NICs, or not at all. The caller closes the result
+// when the process has its copies.
+func (d *Driver) openVhostNets(n int) (vhostNets, error) {
+	if d.vhostNet == "" {
+		return nil, nil
+	}
+	var opened vhostNets
+	for range n {
+		f, err := os.OpenFile(d.vhostNet, os.O_RDWR, 0)
+		if err != nil {
+			opened.close()
+			return nil, fmt.Errorf("cannot open what moves frames in the kernel (modprobe vhost_net): %w", err)
+		}
+		opened = append(opened, f)
+	}
+	return opened, nil
+}
+
+func openable(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // hasFirmware says whether QEMU finds a file among its firmware.

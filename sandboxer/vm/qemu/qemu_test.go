@@ -485,6 +485,30 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
+// TestVhostNet: each NIC gets a device of its own, and without the device there is none at all.
+func TestVhostNet(t *testing.T) {
+	device := filepath.Join(t.TempDir(), "vhost-net")
+	config := qemu.Config{Path: vmtest.StandIn(t, vmtest.Behaviour{}), MachineType: "q35", Accelerator: "tcg", VhostNet: device, Log: quiet()}
+	spec := plainSpec(t)
+	spec.NICs = []vm.NIC{{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0xa}}, {MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0xb}}}
+	for there, want := range map[bool]string{false: "vhost=off", true: "vhost=on,vhostfd="} {
+		if there {
+			if err := os.WriteFile(device, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d, err := qemu.New(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		line := strings.Join(qemu.CommandLine(d, spec), " ")
+		if n := strings.Count(line, want); n != 2 {
+			t.Errorf("device there: %v: %q is %d times in %s", there, want, n, line)
+		}
+		os.Remove(device)
+	}
+}
+
 func TestCommandLineOfVirt(t *testing.T) {
 	d, err := qemu.New(qemu.Config{Path: vmtest.StandIn(t, vmtest.Behaviour{}), MachineType: "virt", Accelerator: "tcg", Log: quiet()})
 	if err != nil {
