@@ -41,6 +41,10 @@ if [ "$1" -eq 0 ]; then
         echo "kuasar: \"systemctl start kuasar-vmm\" adopts them. Then \"crictl rmp -f\" removes them;"
         echo "kuasar: without kuasar, a reboot ends them. The engine's connections are lost with the daemon,"
         echo "kuasar: and it may report their containers as exited."
+    else
+        # What daemons leave to their successors. No pod is there, and nothing is removed that is a directory.
+        rm -f "$dir"/.lock "$dir"/.kvm "$dir"/.metrics.sock /run/vmm-sandboxer.sock 2>/dev/null || :
+        rmdir "$dir" 2>/dev/null || :
     fi
 fi
 exit 0

@@ -288,7 +288,7 @@ func (n *guide) machine() {
 	line := n.show(n.processes(p.id))
 	n.says(line, "vhost-vsock-pci", "guest-cid=", "vhost-user-fs-pci", "/var/lib/kuasar/vmlinux.bin", "/var/lib/kuasar/kuasar.initrd")
 	if n.hypervisor.program == "qemu-system-x86_64" { // StratoVirt has nothing but KVM
-		n.says(line, "-accel kvm")
+		n.says(line, "-accel kvm", "vhost=on,vhostfd=")
 	}
 	p.cid = n.cid(p)
 	n.show("ps -ww -ef | grep '[v]irtiofsd -f'")
@@ -421,7 +421,7 @@ func (n *guide) erase() {
 		n.t.Error("a scriptlet has failed")
 	}
 	n.try("rpm -q kuasar; systemctl status --no-pager kuasar-vmm")
-	left, _ := n.try("pgrep -a -f '[v]mm-sandboxer|[q]emu-system|[v]irtiofsd'; ls -d " + state + " /run/vmm-sandboxer.sock /usr/bin/vmm-sandboxer /usr/lib/systemd/system/kuasar-vmm.service 2>/dev/null; find /var/lib/kuasar -type f 2>/dev/null")
+	left, _ := n.try("pgrep -a 'vmm-sandboxer|qemu-system|stratovirt|virtiofsd'; ls -A -d " + state + " /run/vmm-sandboxer.sock /usr/bin/vmm-sandboxer /usr/lib/systemd/system/kuasar-vmm.service 2>/dev/null; find /var/lib/kuasar -type f 2>/dev/null")
 	for line := range strings.Lines(left) {
 		// RPM saves the files that were edited.
 		if line = strings.TrimSpace(line); line != "" && !strings.HasSuffix(line, ".rpmsave") {
