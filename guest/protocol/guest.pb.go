@@ -873,9 +873,12 @@ type Direct struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The standard streams, in place of those that the client names: "stdio://<token>" is the daemon's
 	// to take; "vsock://<cid>:<port>" is where the guest listens for the client to connect; empty is none.
-	Stdin         string `protobuf:"bytes,1,opt,name=stdin,proto3" json:"stdin,omitempty"`
-	Stdout        string `protobuf:"bytes,2,opt,name=stdout,proto3" json:"stdout,omitempty"`
-	Stderr        string `protobuf:"bytes,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	Stdin  string `protobuf:"bytes,1,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Stdout string `protobuf:"bytes,2,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr string `protobuf:"bytes,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	// announcement tells this announcement of a container from others of the same id; it comes back in
+	// Event.deleted. Empty for processes.
+	Announcement  string `protobuf:"bytes,4,opt,name=announcement,proto3" json:"announcement,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -927,6 +930,13 @@ func (x *Direct) GetStdout() string {
 func (x *Direct) GetStderr() string {
 	if x != nil {
 		return x.Stderr
+	}
+	return ""
+}
+
+func (x *Direct) GetAnnouncement() string {
+	if x != nil {
+		return x.Announcement
 	}
 	return ""
 }
@@ -1404,7 +1414,7 @@ type Event struct {
 	// Types that are valid to be assigned to Event:
 	//
 	//	*Event_OomContainerId
-	//	*Event_DeletedContainerId
+	//	*Event_Deleted
 	Event         isEvent_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1456,13 +1466,13 @@ func (x *Event) GetOomContainerId() string {
 	return ""
 }
 
-func (x *Event) GetDeletedContainerId() string {
+func (x *Event) GetDeleted() *Deleted {
 	if x != nil {
-		if x, ok := x.Event.(*Event_DeletedContainerId); ok {
-			return x.DeletedContainerId
+		if x, ok := x.Event.(*Event_Deleted); ok {
+			return x.Deleted
 		}
 	}
-	return ""
+	return nil
 }
 
 type isEvent_Event interface {
@@ -1474,15 +1484,68 @@ type Event_OomContainerId struct {
 	OomContainerId string `protobuf:"bytes,1,opt,name=oom_container_id,json=oomContainerId,proto3,oneof"`
 }
 
-type Event_DeletedContainerId struct {
-	// deleted_container_id: a client has deleted this direct container; nothing uses its files any
-	// more. Its announcement stands until PurgeContainer.
-	DeletedContainerId string `protobuf:"bytes,2,opt,name=deleted_container_id,json=deletedContainerId,proto3,oneof"`
+type Event_Deleted struct {
+	// deleted: a client has deleted a direct container; nothing uses its files any more. It is told
+	// again on every new stream until PurgeContainer.
+	Deleted *Deleted `protobuf:"bytes,2,opt,name=deleted,proto3,oneof"`
 }
 
 func (*Event_OomContainerId) isEvent_Event() {}
 
-func (*Event_DeletedContainerId) isEvent_Event() {}
+func (*Event_Deleted) isEvent_Event() {}
+
+type Deleted struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// announcement is Direct.announcement of the one that the container was made by.
+	Announcement  string `protobuf:"bytes,2,opt,name=announcement,proto3" json:"announcement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Deleted) Reset() {
+	*x = Deleted{}
+	mi := &file_guest_protocol_guest_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Deleted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Deleted) ProtoMessage() {}
+
+func (x *Deleted) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_protocol_guest_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Deleted.ProtoReflect.Descriptor instead.
+func (*Deleted) Descriptor() ([]byte, []int) {
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Deleted) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *Deleted) GetAnnouncement() string {
+	if x != nil {
+		return x.Announcement
+	}
+	return ""
+}
 
 type PowerOffRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1493,7 +1556,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[24]
+	mi := &file_guest_protocol_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1505,7 +1568,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[24]
+	mi := &file_guest_protocol_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1518,7 +1581,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PowerOffRequest) GetGraceMillis() uint32 {
@@ -1536,7 +1599,7 @@ type PowerOffResponse struct {
 
 func (x *PowerOffResponse) Reset() {
 	*x = PowerOffResponse{}
-	mi := &file_guest_protocol_guest_proto_msgTypes[25]
+	mi := &file_guest_protocol_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1548,7 +1611,7 @@ func (x *PowerOffResponse) String() string {
 func (*PowerOffResponse) ProtoMessage() {}
 
 func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_protocol_guest_proto_msgTypes[25]
+	mi := &file_guest_protocol_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1561,7 +1624,7 @@ func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffResponse.ProtoReflect.Descriptor instead.
 func (*PowerOffResponse) Descriptor() ([]byte, []int) {
-	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{25}
+	return file_guest_protocol_guest_proto_rawDescGZIP(), []int{26}
 }
 
 var File_guest_protocol_guest_proto protoreflect.FileDescriptor
@@ -1632,11 +1695,12 @@ const file_guest_protocol_guest_proto_rawDesc = "" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x124\n" +
 	"\bstorages\x18\x03 \x03(\v2\x18.kuasar.guest.v1.StorageR\bstorages\x12/\n" +
 	"\x06direct\x18\x04 \x01(\v2\x17.kuasar.guest.v1.DirectR\x06direct\"\x1a\n" +
-	"\x18PrepareContainerResponse\"N\n" +
+	"\x18PrepareContainerResponse\"r\n" +
 	"\x06Direct\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\tR\x06stderr\"\x84\x01\n" +
+	"\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\"\n" +
+	"\fannouncement\x18\x04 \x01(\tR\fannouncement\"\x84\x01\n" +
 	"\x15PrepareProcessRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12/\n" +
@@ -1666,11 +1730,14 @@ const file_guest_protocol_guest_proto_rawDesc = "" +
 	"\x10SetClockResponse\x12\x1f\n" +
 	"\vdelta_nanos\x18\x01 \x01(\x03R\n" +
 	"deltaNanos\"\x0f\n" +
-	"\rEventsRequest\"p\n" +
+	"\rEventsRequest\"r\n" +
 	"\x05Event\x12*\n" +
-	"\x10oom_container_id\x18\x01 \x01(\tH\x00R\x0eoomContainerId\x122\n" +
-	"\x14deleted_container_id\x18\x02 \x01(\tH\x00R\x12deletedContainerIdB\a\n" +
-	"\x05event\"4\n" +
+	"\x10oom_container_id\x18\x01 \x01(\tH\x00R\x0eoomContainerId\x124\n" +
+	"\adeleted\x18\x02 \x01(\v2\x18.kuasar.guest.v1.DeletedH\x00R\adeletedB\a\n" +
+	"\x05event\"P\n" +
+	"\aDeleted\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\"\n" +
+	"\fannouncement\x18\x02 \x01(\tR\fannouncement\"4\n" +
 	"\x0fPowerOffRequest\x12!\n" +
 	"\fgrace_millis\x18\x01 \x01(\rR\vgraceMillis\"\x12\n" +
 	"\x10PowerOffResponse2\xa3\x06\n" +
@@ -1698,7 +1765,7 @@ func file_guest_protocol_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_protocol_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_guest_protocol_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_guest_protocol_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_guest_protocol_guest_proto_goTypes = []any{
 	(Storage_Kind)(0),                // 0: kuasar.guest.v1.Storage.Kind
 	(*Hello)(nil),                    // 1: kuasar.guest.v1.Hello
@@ -1725,12 +1792,13 @@ var file_guest_protocol_guest_proto_goTypes = []any{
 	(*SetClockResponse)(nil),         // 22: kuasar.guest.v1.SetClockResponse
 	(*EventsRequest)(nil),            // 23: kuasar.guest.v1.EventsRequest
 	(*Event)(nil),                    // 24: kuasar.guest.v1.Event
-	(*PowerOffRequest)(nil),          // 25: kuasar.guest.v1.PowerOffRequest
-	(*PowerOffResponse)(nil),         // 26: kuasar.guest.v1.PowerOffResponse
-	nil,                              // 27: kuasar.guest.v1.SetupRequest.SysctlsEntry
+	(*Deleted)(nil),                  // 25: kuasar.guest.v1.Deleted
+	(*PowerOffRequest)(nil),          // 26: kuasar.guest.v1.PowerOffRequest
+	(*PowerOffResponse)(nil),         // 27: kuasar.guest.v1.PowerOffResponse
+	nil,                              // 28: kuasar.guest.v1.SetupRequest.SysctlsEntry
 }
 var file_guest_protocol_guest_proto_depIdxs = []int32{
-	27, // 0: kuasar.guest.v1.SetupRequest.sysctls:type_name -> kuasar.guest.v1.SetupRequest.SysctlsEntry
+	28, // 0: kuasar.guest.v1.SetupRequest.sysctls:type_name -> kuasar.guest.v1.SetupRequest.SysctlsEntry
 	5,  // 1: kuasar.guest.v1.SetupRequest.network:type_name -> kuasar.guest.v1.Network
 	6,  // 2: kuasar.guest.v1.Network.interfaces:type_name -> kuasar.guest.v1.Interface
 	7,  // 3: kuasar.guest.v1.Network.routes:type_name -> kuasar.guest.v1.Route
@@ -1740,29 +1808,30 @@ var file_guest_protocol_guest_proto_depIdxs = []int32{
 	13, // 7: kuasar.guest.v1.PrepareContainerRequest.direct:type_name -> kuasar.guest.v1.Direct
 	13, // 8: kuasar.guest.v1.PrepareProcessRequest.direct:type_name -> kuasar.guest.v1.Direct
 	0,  // 9: kuasar.guest.v1.Storage.kind:type_name -> kuasar.guest.v1.Storage.Kind
-	3,  // 10: kuasar.guest.v1.Sandbox.Setup:input_type -> kuasar.guest.v1.SetupRequest
-	9,  // 11: kuasar.guest.v1.Sandbox.UpdateNetwork:input_type -> kuasar.guest.v1.UpdateNetworkRequest
-	11, // 12: kuasar.guest.v1.Sandbox.PrepareContainer:input_type -> kuasar.guest.v1.PrepareContainerRequest
-	19, // 13: kuasar.guest.v1.Sandbox.PurgeContainer:input_type -> kuasar.guest.v1.PurgeContainerRequest
-	14, // 14: kuasar.guest.v1.Sandbox.PrepareProcess:input_type -> kuasar.guest.v1.PrepareProcessRequest
-	16, // 15: kuasar.guest.v1.Sandbox.PurgeProcess:input_type -> kuasar.guest.v1.PurgeProcessRequest
-	21, // 16: kuasar.guest.v1.Sandbox.SetClock:input_type -> kuasar.guest.v1.SetClockRequest
-	23, // 17: kuasar.guest.v1.Sandbox.Events:input_type -> kuasar.guest.v1.EventsRequest
-	25, // 18: kuasar.guest.v1.Sandbox.PowerOff:input_type -> kuasar.guest.v1.PowerOffRequest
-	4,  // 19: kuasar.guest.v1.Sandbox.Setup:output_type -> kuasar.guest.v1.SetupResponse
-	10, // 20: kuasar.guest.v1.Sandbox.UpdateNetwork:output_type -> kuasar.guest.v1.UpdateNetworkResponse
-	12, // 21: kuasar.guest.v1.Sandbox.PrepareContainer:output_type -> kuasar.guest.v1.PrepareContainerResponse
-	20, // 22: kuasar.guest.v1.Sandbox.PurgeContainer:output_type -> kuasar.guest.v1.PurgeContainerResponse
-	15, // 23: kuasar.guest.v1.Sandbox.PrepareProcess:output_type -> kuasar.guest.v1.PrepareProcessResponse
-	17, // 24: kuasar.guest.v1.Sandbox.PurgeProcess:output_type -> kuasar.guest.v1.PurgeProcessResponse
-	22, // 25: kuasar.guest.v1.Sandbox.SetClock:output_type -> kuasar.guest.v1.SetClockResponse
-	24, // 26: kuasar.guest.v1.Sandbox.Events:output_type -> kuasar.guest.v1.Event
-	26, // 27: kuasar.guest.v1.Sandbox.PowerOff:output_type -> kuasar.guest.v1.PowerOffResponse
-	19, // [19:28] is the sub-list for method output_type
-	10, // [10:19] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	25, // 10: kuasar.guest.v1.Event.deleted:type_name -> kuasar.guest.v1.Deleted
+	3,  // 11: kuasar.guest.v1.Sandbox.Setup:input_type -> kuasar.guest.v1.SetupRequest
+	9,  // 12: kuasar.guest.v1.Sandbox.UpdateNetwork:input_type -> kuasar.guest.v1.UpdateNetworkRequest
+	11, // 13: kuasar.guest.v1.Sandbox.PrepareContainer:input_type -> kuasar.guest.v1.PrepareContainerRequest
+	19, // 14: kuasar.guest.v1.Sandbox.PurgeContainer:input_type -> kuasar.guest.v1.PurgeContainerRequest
+	14, // 15: kuasar.guest.v1.Sandbox.PrepareProcess:input_type -> kuasar.guest.v1.PrepareProcessRequest
+	16, // 16: kuasar.guest.v1.Sandbox.PurgeProcess:input_type -> kuasar.guest.v1.PurgeProcessRequest
+	21, // 17: kuasar.guest.v1.Sandbox.SetClock:input_type -> kuasar.guest.v1.SetClockRequest
+	23, // 18: kuasar.guest.v1.Sandbox.Events:input_type -> kuasar.guest.v1.EventsRequest
+	26, // 19: kuasar.guest.v1.Sandbox.PowerOff:input_type -> kuasar.guest.v1.PowerOffRequest
+	4,  // 20: kuasar.guest.v1.Sandbox.Setup:output_type -> kuasar.guest.v1.SetupResponse
+	10, // 21: kuasar.guest.v1.Sandbox.UpdateNetwork:output_type -> kuasar.guest.v1.UpdateNetworkResponse
+	12, // 22: kuasar.guest.v1.Sandbox.PrepareContainer:output_type -> kuasar.guest.v1.PrepareContainerResponse
+	20, // 23: kuasar.guest.v1.Sandbox.PurgeContainer:output_type -> kuasar.guest.v1.PurgeContainerResponse
+	15, // 24: kuasar.guest.v1.Sandbox.PrepareProcess:output_type -> kuasar.guest.v1.PrepareProcessResponse
+	17, // 25: kuasar.guest.v1.Sandbox.PurgeProcess:output_type -> kuasar.guest.v1.PurgeProcessResponse
+	22, // 26: kuasar.guest.v1.Sandbox.SetClock:output_type -> kuasar.guest.v1.SetClockResponse
+	24, // 27: kuasar.guest.v1.Sandbox.Events:output_type -> kuasar.guest.v1.Event
+	27, // 28: kuasar.guest.v1.Sandbox.PowerOff:output_type -> kuasar.guest.v1.PowerOffResponse
+	20, // [20:29] is the sub-list for method output_type
+	11, // [11:20] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_guest_protocol_guest_proto_init() }
@@ -1772,7 +1841,7 @@ func file_guest_protocol_guest_proto_init() {
 	}
 	file_guest_protocol_guest_proto_msgTypes[23].OneofWrappers = []any{
 		(*Event_OomContainerId)(nil),
-		(*Event_DeletedContainerId)(nil),
+		(*Event_Deleted)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1780,7 +1849,7 @@ func file_guest_protocol_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_protocol_guest_proto_rawDesc), len(file_guest_protocol_guest_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

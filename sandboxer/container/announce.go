@@ -45,7 +45,7 @@ type announcement struct {
 	request  CreateRequest
 	io       *stdio // of a direct container; nil after its end
 	released bool   // a client has deleted the container
-	stale    int    // how many deletions that the guest may tell of were before this announcement
+	name     string // tells it from earlier ones of the container, to the guest; of a direct one
 	execs    map[string]*announcedProcess
 }
 
@@ -75,7 +75,7 @@ func (a *announcement) streams() []*stdio {
 func (a *announcement) record() *AnnouncementRecord {
 	r := &AnnouncementRecord{
 		Making: a.making, Spec: a.request.Spec, Rootfs: a.request.Rootfs, IO: a.request.IO,
-		Released: a.released, StaleDeletions: a.stale,
+		Released: a.released, Name: a.name,
 	}
 	if a.io != nil {
 		streams := a.io.record()
@@ -96,7 +96,7 @@ func (a *announcement) record() *AnnouncementRecord {
 // restoredAnnouncement makes an announcement from its record.
 func (s *Set) restoredAnnouncement(id string, r AnnouncementRecord) (*announcement, error) {
 	a := newAnnouncement(id)
-	a.making, a.released, a.stale = r.Making, r.Released, r.StaleDeletions
+	a.making, a.released, a.name = r.Making, r.Released, r.Name
 	a.request = CreateRequest{ID: id, Spec: r.Spec, Rootfs: r.Rootfs, IO: r.IO}
 	var err error
 	if r.Streams != nil {
@@ -477,9 +477,6 @@ func (s *Set) announceDirect(ctx context.Context, req CreateRequest) (err error)
 		}
 		s.mu.Lock()
 		a.making, a.released, a.execs = true, false, map[string]*announcedProcess{}
-		if !released {
-			a.stale++
-		}
 		s.mu.Unlock()
 	}
 	// Behind this a daemon that dies leaves a trace of it.
@@ -493,12 +490,13 @@ func (s *Set) announceDirect(ctx context.Context, req CreateRequest) (err error)
 		}
 	}()
 	addTokens(names, streams)
+	names.Announcement = streams.token
 	if err := s.prepare(ctx, req, streams, names, &undo); err != nil {
 		return err
 	}
 	s.mu.Lock()
 	if err = context.Cause(s.life); err == nil {
-		a.making = false
+		a.making, a.name = false, streams.token
 		if streams.any() {
 			a.io = streams
 		}
@@ -997,9 +995,10 @@ func (s *Set) expire(a *announcement, p *announcedProcess, t *stdio) {
 	}
 }
 
-// Deleted says that a client has deleted a direct container in the guest: what only it used of the
-// host's can go. The announcement stands. It does not wait.
-func (s *Set) Deleted(id string) {
+// Deleted says that a client has deleted, in the guest, a direct container that was made by the
+// announcement of that name (protocol.Direct): what only it used of the host's can go. The announcement
+// stands. It may be told again, and of announcements that were replaced meanwhile. It does not wait.
+func (s *Set) Deleted(id, name string) {
 	if err := s.begin(); err != nil || !s.opts.Direct {
 		if err == nil {
 			s.making.Done()
@@ -1016,11 +1015,7 @@ func (s *Set) Deleted(id string) {
 		}
 		defer release()
 		s.mu.Lock()
-		stale := a.stale > 0
-		if stale {
-			a.stale--
-		}
-		ignore := stale || a.making || a.released
+		ignore := a.name != name || a.making || a.released
 		a.released = a.released || !ignore
 		s.mu.Unlock()
 		if ignore {

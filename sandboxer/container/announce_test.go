@@ -417,6 +417,10 @@ func TestDirect(t *testing.T) {
 		t.Errorf("Create at the daemon: %v", err)
 	}
 	p.announce("c", logged(file, "both")) // not made yet: replaces
+	second := p.guest.Direct("c", "").Announcement
+	if d.Announcement == "" || second == "" || second == d.Announcement {
+		t.Errorf("the announcements are named %q and %q", d.Announcement, second)
+	}
 	if err := p.AnnounceProcess(testContext(t), ExecRequest{ID: "d", ExecID: "e"}); !errdefs.IsNotFound(err) {
 		t.Errorf("a process in an unknown container: %v", err)
 	}
@@ -431,10 +435,13 @@ func TestDirect(t *testing.T) {
 	if _, err := p.guest.Task().Delete(testContext(t), &task.DeleteRequest{ID: "c"}); err != nil {
 		t.Fatal(err)
 	}
-	// The first is of the announcement that was replaced, as far as the daemon can know.
-	p.Deleted("c")
-	p.Deleted("c")
-	p.Deleted("nobody")
+	p.Deleted("c", d.Announcement) // of the announcement that was replaced
+	p.Deleted("nobody", second)
+	if p.storage.holds("c") == nil {
+		t.Error("the end of another container has released the storage")
+	}
+	p.Deleted("c", second)
+	p.Deleted("c", second)
 	eventually(t, "the release of the storage", func() bool { return p.storage.holds("c") == nil })
 	if p.Announced()["c"] == nil || p.Len() != 1 {
 		t.Error("the announcement has gone with the container")

@@ -44,8 +44,8 @@ type AnnouncementRecord struct {
 	Streams *ProcessRecord `json:"streams,omitempty"`
 	// Released says that a client has deleted the container.
 	Released bool `json:"released,omitempty"`
-	// StaleDeletions is how many times the guest may tell of a deletion that was before this.
-	StaleDeletions int `json:"staleDeletions,omitempty"`
+	// Name tells a direct container's announcement from earlier ones, in what the guest says.
+	Name string `json:"name,omitempty"`
 	// Processes have streams only if they are in a direct container, and only until those end.
 	Processes []ProcessRecord `json:"processes,omitempty"`
 }

@@ -166,14 +166,14 @@ func TestDeletedContainers(t *testing.T) {
 	w := newWorld(t)
 	m := NewManager(testOptions(t, w))
 	mustStartFor(t, m, "a", ISulad213)
-	w.events <- &protocol.Event{Event: &protocol.Event_DeletedContainerId{DeletedContainerId: "c1"}}
+	w.events <- &protocol.Event{Event: &protocol.Event_Deleted{Deleted: &protocol.Deleted{ContainerId: "c1", Announcement: "x"}}}
 	c := w.get("containers", "a").(*fakeContainers)
 	eventually(t, "the deletion reaches the containers", func() bool {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		return slices.Equal(c.deleted, []string{"c1"})
+		return slices.Equal(c.deleted, []string{"c1 by x"})
 	})
-	w.events <- &protocol.Event{Event: &protocol.Event_DeletedContainerId{DeletedContainerId: "../../etc"}}
+	w.events <- &protocol.Event{Event: &protocol.Event_Deleted{Deleted: &protocol.Deleted{ContainerId: "../../etc"}}}
 	s, err := m.Wait(t.Context(), "a")
 	if err != nil || !strings.Contains(s.Reason, "impossible id") {
 		t.Errorf("a hostile guest: %+v, %v", s, err)

@@ -648,10 +648,10 @@ func (c *fakeContainers) OOM(id string) {
 	c.ooms = append(c.ooms, id)
 }
 
-func (c *fakeContainers) Deleted(id string) {
+func (c *fakeContainers) Deleted(id, announcement string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.deleted = append(c.deleted, id)
+	c.deleted = append(c.deleted, id+" by "+announcement)
 }
 
 func (c *fakeContainers) Announced() map[string][]string {

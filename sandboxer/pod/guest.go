@@ -123,11 +123,11 @@ func (g *Guest) events(ctx context.Context, containers Containers) error {
 			}
 			containers.OOM(id)
 		}
-		if id := event.GetDeletedContainerId(); id != "" {
-			if err := CheckID(id); err != nil {
+		if d := event.GetDeleted(); d != nil {
+			if err := CheckID(d.GetContainerId()); err != nil {
 				return errors.New("the guest reported the deletion of a container with an impossible id")
 			}
-			containers.Deleted(id)
+			containers.Deleted(d.GetContainerId(), d.GetAnnouncement())
 		}
 	}
 }

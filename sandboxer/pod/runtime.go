@@ -165,8 +165,9 @@ type Containers interface {
 	GuestGone(exit time.Time)
 	// OOM reports that the guest's kernel killed a process of the container for want of memory.
 	OOM(containerID string)
-	// Deleted reports that a client has deleted a container at the guest's own task API.
-	Deleted(containerID string)
+	// Deleted reports that a client has deleted, at the guest's own task API, a container that was made
+	// by the given announcement: see protocol.Deleted.
+	Deleted(containerID, announcement string)
 
 	// What a client announces: see controller.Containers. They fail where Client announces nothing.
 	Announced() map[string][]string

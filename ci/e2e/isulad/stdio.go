@@ -262,7 +262,7 @@ func openFIFOs(dir string, e ExecConfig) (_ *streams, err error) {
 
 // dialStreams starts the thread that connects to the streams' ports, one after the other, and then
 // copies. It does not wait for it: the guest listens only once it knows of the exec. A stream that
-// cannot be connected to leaves the exec without any.
+// cannot be connected to leaves the exec without any. To stop it ends the copying alone.
 func (c Config) dialStreams(cid uint32, ports [3]uint32, e ExecConfig) *streams {
 	s := &streams{done: make(chan struct{})}
 	s.terminal = e.Terminal
@@ -280,7 +280,7 @@ func (c Config) dialStreams(cid uint32, ports [3]uint32, e ExecConfig) *streams 
 			if port == 0 {
 				continue
 			}
-			conn := c.dialStream(ctx, cid, port)
+			conn := c.dialStream(cid, port)
 			if conn == nil {
 				for _, opened := range conns[:i] {
 					if opened != nil {
@@ -306,10 +306,12 @@ func (c Config) dialStreams(cid uint32, ports [3]uint32, e ExecConfig) *streams 
 	return s
 }
 
-func (c Config) dialStream(ctx context.Context, cid, port uint32) net.Conn {
+// dialStream goes on trying whatever became of the exec: iSulad's thread sleeps between its tries and looks
+// at nothing, and the port is not given back before the thread has ended.
+func (c Config) dialStream(cid, port uint32) net.Conn {
 	for try := range vsockTries {
-		if try > 0 && !sleep(ctx, c.VsockRetry) {
-			return nil
+		if try > 0 {
+			time.Sleep(c.VsockRetry)
 		}
 		if conn, err := c.DialVsock(cid, port); err == nil {
 			return conn

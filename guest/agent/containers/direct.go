@@ -40,6 +40,7 @@ var defaultLimits = limits{
 
 // announcement is what is known of a process before its client makes it.
 type announcement struct {
+	name    string     // the daemon's, of a container's
 	names   stdioNames // without terminal, which the client's request tells
 	streams streams
 	peers   *peers // nil if the guest listens for none of the streams
@@ -59,7 +60,7 @@ func (s *Service) announceLocked(d *protocol.Direct) (*announcement, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &announcement{names: names, streams: announcedStreams{s.streams, peers}, peers: peers}
+	a := &announcement{name: d.GetAnnouncement(), names: names, streams: announcedStreams{s.streams, peers}, peers: peers}
 	for _, name := range names.all() {
 		if name == "" {
 			continue
@@ -70,6 +71,11 @@ func (s *Service) announceLocked(d *protocol.Direct) (*announcement, error) {
 		}
 	}
 	return a, nil
+}
+
+// deleted tells that the container of this announcement was deleted.
+func (a *announcement) deleted(id string) *protocol.Deleted {
+	return &protocol.Deleted{ContainerId: id, Announcement: a.name}
 }
 
 // end ends the streams of a process that will not be made.
@@ -234,28 +240,32 @@ func (s *Service) deleted(c *container) {
 	if s.containers[c.id] == c {
 		delete(s.containers, c.id)
 	}
+	var freed *protocol.Deleted
 	if current {
 		p.spec = nil
 		p.deleted, p.freed = c, err == nil
+		if p.freed {
+			freed = p.main.deleted(c.id)
+		}
 	}
 	s.mu.Unlock()
-	if current && err == nil {
-		s.onDelete(c.id)
+	if freed != nil {
+		s.onDelete(freed)
 	}
 }
 
 // Deleted lists the direct containers that were deleted by their clients, use nothing of the host's
 // any more, and were not purged since.
-func (s *Service) Deleted() []string {
+func (s *Service) Deleted() []*protocol.Deleted {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var ids []string
+	var all []*protocol.Deleted
 	for id, p := range s.prepared {
 		if p.freed {
-			ids = append(ids, id)
+			all = append(all, p.main.deleted(id))
 		}
 	}
-	return ids
+	return all
 }
 
 // giveUp ends the delivery of output of a container that is removed. Clients delete direct containers

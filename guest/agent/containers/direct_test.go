@@ -139,7 +139,7 @@ func TestDirectLife(t *testing.T) {
 	c := newClient(t)
 	ctx := context.Background()
 	h := c.open(false, false)
-	c.announce("c1", c.spec("sh", "-c", "echo ready; sleep 1000"), &protocol.Direct{Stdout: h.names.stdout, Stderr: h.names.stderr},
+	c.announce("c1", c.spec("sh", "-c", "echo ready; sleep 1000"), &protocol.Direct{Stdout: h.names.stdout, Stderr: h.names.stderr, Announcement: "first"},
 		&protocol.Storage{Kind: protocol.Storage_TMPFS, MountPoint: filepath.Join(c.s.storageDir, "c1")})
 	mounted := func() bool {
 		table, err := os.ReadFile("/proc/self/mountinfo")
@@ -196,7 +196,7 @@ func TestDirectLife(t *testing.T) {
 	if _, err := c.s.Shutdown(ctx, &taskapi.ShutdownRequest{ID: "c1"}); err != nil {
 		t.Errorf("shutdown: %v", err)
 	}
-	if len(c.deleted) != 1 || c.deleted[0] != "c1" || len(c.s.Deleted()) != 1 {
+	if len(c.deleted) != 1 || c.deleted[0] != "c1 by first" || len(c.s.Deleted()) != 1 {
 		t.Errorf("told of deleted %v, lists %v", c.deleted, c.s.Deleted())
 	}
 	if _, err := c.s.Create(ctx, createRequest("c1")); !errdefs.IsFailedPrecondition(class(err)) || !strings.Contains(err.Error(), "announce it again") {

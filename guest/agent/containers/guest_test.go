@@ -87,9 +87,9 @@ func newGuest(t *testing.T) *guest {
 			g.oom = append(g.oom, id)
 			g.mu.Unlock()
 		},
-		OnDelete: func(id string) {
+		OnDelete: func(d *protocol.Deleted) {
 			g.mu.Lock()
-			g.deleted = append(g.deleted, id)
+			g.deleted = append(g.deleted, d.GetContainerId()+" by "+d.GetAnnouncement())
 			g.mu.Unlock()
 		},
 		Listen:    listenUnix(filepath.Dir(g.socket)),

@@ -68,7 +68,7 @@ type Options struct {
 
 	// OnDelete is told of each direct container that its client has deleted, once nothing uses its
 	// files any more. It must not block.
-	OnDelete func(containerID string)
+	OnDelete func(*protocol.Deleted)
 	// Listen listens for connections of the host, and of nobody else, on a vsock port of this guest,
 	// whose context id ContextID returns. Without them processes cannot have streams for which the
 	// guest listens.
@@ -88,7 +88,7 @@ type Options struct {
 type Service struct {
 	log        *slog.Logger
 	onOOM      func(string)
-	onDelete   func(string)
+	onDelete   func(*protocol.Deleted)
 	listen     func(port uint32) (net.Listener, error)
 	contextID  func() (uint32, error)
 	limits     limits
@@ -146,7 +146,7 @@ func New(opts Options) *Service {
 		streams:    hubStreams{opts.Hub},
 	}
 	if s.onDelete == nil {
-		s.onDelete = func(string) {}
+		s.onDelete = func(*protocol.Deleted) {}
 	}
 	if s.log == nil {
 		s.log = slog.Default()

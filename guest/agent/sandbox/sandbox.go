@@ -29,7 +29,7 @@ type Containers interface {
 	PrepareProcess(context.Context, *protocol.PrepareProcessRequest) error
 	PurgeProcess(context.Context, *protocol.PurgeProcessRequest) error
 	// Deleted lists the direct containers that were deleted and not purged since.
-	Deleted() []string
+	Deleted() []*protocol.Deleted
 }
 
 // Options of a Service.
@@ -280,10 +280,10 @@ func (s *Service) OOM(containerID string) {
 
 // Deleted queues the event that a client has deleted a direct container. It does not block; the id is
 // one that Prepare has accepted.
-func (s *Service) Deleted(containerID string) { s.events.push(deleted(containerID)) }
+func (s *Service) Deleted(d *protocol.Deleted) { s.events.push(deleted(d)) }
 
-func deleted(containerID string) *protocol.Event {
-	return &protocol.Event{Event: &protocol.Event_DeletedContainerId{DeletedContainerId: containerID}}
+func deleted(d *protocol.Deleted) *protocol.Event {
+	return &protocol.Event{Event: &protocol.Event_Deleted{Deleted: d}}
 }
 
 // Events streams what happened since the last stream ended, and what happens. A second stream
@@ -292,9 +292,9 @@ func deleted(containerID string) *protocol.Event {
 // Of deleted containers each stream tells all that are not purged: whoever took an earlier stream may
 // have ended before it could do its part.
 func (s *Service) Events(ctx context.Context, _ *protocol.EventsRequest, stream protocol.Sandbox_EventsServer) error {
-	s.events.drop(func(e *protocol.Event) bool { return e.GetDeletedContainerId() != "" })
-	for _, id := range s.Containers.Deleted() {
-		if err := stream.Send(deleted(id)); err != nil {
+	s.events.drop(func(e *protocol.Event) bool { return e.GetDeleted() != nil })
+	for _, d := range s.Containers.Deleted() {
+		if err := stream.Send(deleted(d)); err != nil {
 			return err
 		}
 	}

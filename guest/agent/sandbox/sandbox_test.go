@@ -91,7 +91,7 @@ func (c containers) PrepareProcess(context.Context, *protocol.PrepareProcessRequ
 	return c.err
 }
 func (c containers) PurgeProcess(context.Context, *protocol.PurgeProcessRequest) error { return c.err }
-func (c containers) Deleted() []string                                                 { return nil }
+func (c containers) Deleted() []*protocol.Deleted                                      { return nil }
 
 func TestErrorsCarryTheirClass(t *testing.T) {
 	s := New(Options{Containers: containers{}})
@@ -164,19 +164,19 @@ func TestEventsSurviveTheStream(t *testing.T) {
 
 type deletions struct {
 	containers
-	ids []string
+	all []*protocol.Deleted
 }
 
-func (d deletions) Deleted() []string { return d.ids }
+func (d deletions) Deleted() []*protocol.Deleted { return d.all }
 
 // Each stream tells of all deleted containers that are not purged, and then of those to come.
 func TestEventsTellOfDeletedContainersAgain(t *testing.T) {
-	gone := &deletions{ids: []string{"a"}}
+	gone := &deletions{all: []*protocol.Deleted{{ContainerId: "a", Announcement: "1"}}}
 	s := New(Options{Containers: gone})
 	s.OOM("a")
-	s.Deleted("a") // while nobody listened; and b, which is purged since
-	s.Deleted("b")
-	for _, want := range []string{"deleted a, oom a", "deleted a"} {
+	s.Deleted(&protocol.Deleted{ContainerId: "a"}) // while nobody listened; and b, which is purged since
+	s.Deleted(&protocol.Deleted{ContainerId: "b"})
+	for _, want := range []string{"deleted a1, oom a", "deleted a1"} {
 		ctx, cancel := context.WithCancel(context.Background())
 		taken := &stream{sent: make(chan *protocol.Event)}
 		ended := make(chan error, 1)
@@ -184,8 +184,8 @@ func TestEventsTellOfDeletedContainersAgain(t *testing.T) {
 		var got []string
 		for range strings.Split(want, ", ") {
 			e := <-taken.sent
-			if id := e.GetDeletedContainerId(); id != "" {
-				got = append(got, "deleted "+id)
+			if d := e.GetDeleted(); d != nil {
+				got = append(got, "deleted "+d.GetContainerId()+d.GetAnnouncement())
 			} else {
 				got = append(got, "oom "+e.GetOomContainerId())
 			}
@@ -193,8 +193,8 @@ func TestEventsTellOfDeletedContainersAgain(t *testing.T) {
 		if got := strings.Join(got, ", "); got != want {
 			t.Errorf("told %q, want %q", got, want)
 		}
-		s.Deleted("c")
-		if e := <-taken.sent; e.GetDeletedContainerId() != "c" {
+		s.Deleted(&protocol.Deleted{ContainerId: "c"})
+		if e := <-taken.sent; e.GetDeleted().GetContainerId() != "c" {
 			t.Errorf("then %v", e)
 		}
 		cancel()

@@ -92,7 +92,7 @@ func run() error {
 		Log:   log.Logger,
 		OnOOM: func(id string) { pod.OOM(id) },
 
-		OnDelete:  func(id string) { pod.Deleted(id) },
+		OnDelete:  func(d *protocol.Deleted) { pod.Deleted(d) },
 		Listen:    link.ListenVsock,
 		ContextID: link.ContextID,
 	})
