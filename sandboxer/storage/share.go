@@ -1,12 +1,19 @@
 // Package storage makes the files of a pod's containers reachable from its machine.
 //
 // A pod has one mount tree. <dir>/mounts is a mount with shared propagation of its own, writable
-// for the host. Each container has a directory in it: rootfs, where the engine's mounts for its
-// root are made and nowhere else, and vol0, vol1, ... for its volumes. <dir>/shared is a read-only
-// view of mounts that receives its mounts, and it is what the machine gets. So the guest writes
+// for the host. Each container has a directory in it, with rootfs-<random>, where the engine's mounts
+// for its root are made and nowhere else, and vol0-<random>, vol1-<random>, ... for its volumes.
+// <dir>/shared is a read-only view of mounts that receives its mounts, and it is what the machine
+// gets. So the guest writes
 // within a container's rootfs and volumes only, never in the tree that holds them, and cannot plant
 // a link where the host makes or removes something. The host does not rely on that: it resolves
 // every name below mounts by descriptor, without following links or crossing mounts.
+//
+// The guest remembers for a second what a name stands for, so none stands for something else before
+// that is over, also if a container is released and made again, by this daemon or by the next: names
+// in a container's directory never come twice, and the directory itself stays for a while when it is
+// empty. Pods of earlier daemons have rootfs, vol0, vol1, ... instead; whatever is in a container's
+// directory goes with it, so any daemon releases what any other one made.
 //
 // Nothing here is removed recursively. Directories are removed only when they are empty, so a mount
 // that could not be taken away never costs somebody's data.
@@ -18,12 +25,14 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -35,8 +44,19 @@ import (
 // kernel made, such as a symbolic link where a mount point belongs. The pod should be stopped.
 var ErrTampered = errors.New("the share was tampered with")
 
-// maxVolumes bounds the volumes of one container.
-const maxVolumes = 1024
+const (
+	// maxVolumes bounds the volumes of one container.
+	maxVolumes = 1024
+	// forgotten is after how long the guest surely knows nothing of a name any more. virtiofs daemons
+	// allow it one second.
+	forgotten = 30 * time.Second
+)
+
+// rootName and volumeName begin the names in a container's directory.
+const (
+	rootName   = "rootfs"
+	volumeName = "vol"
+)
 
 var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 
@@ -158,9 +178,16 @@ func (s *Share) Rootfs(ctx context.Context, id string, mounts []Mount) (guestPat
 		return fail(err)
 	}
 	defer unix.Close(c)
-	const name = "rootfs"
+	names, err := survey(c)
+	if err != nil {
+		return fail(err)
+	}
+	if i := slices.IndexFunc(names, func(n string) bool { return isOf(n, rootName) }); i >= 0 {
+		return fail(fmt.Errorf("it has one, %s: %w", names[i], unix.EEXIST))
+	}
+	name := fresh(rootName)
 	if err := unix.Mkdirat(c, name, 0o755); err != nil {
-		return fail(existing(c, name, err))
+		return fail(fmt.Errorf("making %s: %w", name, err))
 	}
 	defer func() {
 		if err != nil {
@@ -226,46 +253,58 @@ func guestPathOf(id, name string) string {
 	return protocol.SharePath + "/" + id + "/" + name
 }
 
-// newVolume makes the first free vol<N>.
+// fresh returns a name that never was there before.
+func fresh(kind string) string { return fmt.Sprintf("%s-%016x", kind, rand.Uint64()) }
+
+// isOf tells names of a kind, also those that earlier daemons gave.
+func isOf(name, kind string) bool { return name == kind || strings.HasPrefix(name, kind+"-") }
+
+// newVolume makes the mount point of the next volume.
 func newVolume(c int, directory bool) (string, error) {
-	for n := range maxVolumes {
-		name := fmt.Sprintf("vol%d", n)
-		var err error
-		if directory {
-			err = unix.Mkdirat(c, name, 0o755)
-		} else {
-			var fd int
-			fd, err = unix.Openat(c, name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644)
-			if err == nil {
-				unix.Close(fd)
-			}
-		}
-		switch {
-		case err == nil:
-			return name, nil
-		case !errors.Is(err, unix.EEXIST):
-			return "", fmt.Errorf("making %s: %w", name, err)
-		}
-		if err := existing(c, name, err); errors.Is(err, ErrTampered) {
-			return "", err
+	names, err := survey(c)
+	if err != nil {
+		return "", err
+	}
+	n := 0
+	for _, name := range names {
+		if strings.HasPrefix(name, volumeName) {
+			n++
 		}
 	}
-	return "", fmt.Errorf("it has %d volumes already", maxVolumes)
+	if n >= maxVolumes {
+		return "", fmt.Errorf("it has %d volumes already", n)
+	}
+	name := fresh(fmt.Sprintf("%s%d", volumeName, n))
+	if directory {
+		err = unix.Mkdirat(c, name, 0o755)
+	} else {
+		var fd int
+		fd, err = unix.Openat(c, name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644)
+		if err == nil {
+			unix.Close(fd)
+		}
+	}
+	if err != nil {
+		return "", fmt.Errorf("making %s: %w", name, err)
+	}
+	return name, nil
 }
 
-// existing explains why name could not be made: something of ours is there, or of the guest.
-func existing(c int, name string, err error) error {
-	if !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("making %s: %w", name, err)
+// survey lists the names in a container's directory, and refuses what nobody here makes there. What is
+// mounted on them is not looked at: it may be a file system that hangs.
+func survey(c int) ([]string, error) {
+	entries, err := entries(c)
+	if err != nil {
+		return nil, err
 	}
-	var st unix.Stat_t
-	if err := unix.Fstatat(c, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return fmt.Errorf("making %s: %w", name, err)
+	var names []string
+	for _, e := range entries {
+		if kind := e.Type(); kind != fs.ModeDir && kind != 0 {
+			return nil, fmt.Errorf("refused %s: %w: a file of mode %s is in its place", e.Name(), ErrTampered, kind)
+		}
+		names = append(names, e.Name())
 	}
-	if kind := st.Mode & unix.S_IFMT; kind != unix.S_IFDIR && kind != unix.S_IFREG {
-		return fmt.Errorf("refused %s: %w: a file of mode %o is in its place", name, ErrTampered, st.Mode)
-	}
-	return fmt.Errorf("making %s: %w", name, err)
+	return names, nil
 }
 
 // container opens the directory of a container in the tree, making it if need be.
@@ -278,6 +317,7 @@ func (s *Share) container(id string) (int, error) {
 		return -1, err
 	}
 	defer unix.Close(root)
+	tidy(root, id)
 	if err := unix.Mkdirat(root, id, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
 		return -1, fmt.Errorf("making its directory in %s: %w", s.mounts(), err)
 	}
@@ -324,19 +364,41 @@ func below(dirfd int, name string, crossing bool) (int, error) {
 	return fd, nil
 }
 
-// Release unmounts and removes everything of a container. It is idempotent and does not need the
-// guest's cooperation; what the guest still uses stays alive until the machine lets go of it, but
-// is not reachable any more.
+// tidy removes the containers' directories that are empty for long enough, but for the one of id.
+func tidy(root int, id string) {
+	names, err := list(root)
+	if err != nil {
+		slog.Debug("cannot look for empty directories in a share", "error", err)
+		return
+	}
+	for _, name := range names {
+		var st unix.Stat_t
+		err := unix.Fstatat(root, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+		if name == id || err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			continue
+		}
+		// It changes last when what was in it is removed.
+		if time.Since(time.Unix(st.Mtim.Unix())) > forgotten {
+			unix.Unlinkat(root, name, unix.AT_REMOVEDIR) // which fails, as it should, for those in use
+		}
+	}
+}
+
+// Release unmounts and removes everything of a container; only its directory stays, for a while, and
+// goes with a later call for whatever container. It is idempotent and does not need the guest's
+// cooperation; what the guest still uses stays alive until the machine lets go of it, but is not
+// reachable any more.
 func (s *Share) Release(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.release(id); err != nil {
+	if err := s.release(id, true); err != nil {
 		return fmt.Errorf("cannot release the storage of container %s: %w", id, err)
 	}
 	return nil
 }
 
-func (s *Share) release(id string) error {
+// release takes everything of a container away, also its directory unless it is to linger.
+func (s *Share) release(id string, linger bool) error {
 	if !containerID.MatchString(id) {
 		return fmt.Errorf("%q is no container id", id)
 	}
@@ -348,6 +410,9 @@ func (s *Share) release(id string) error {
 		return err
 	}
 	defer unix.Close(root)
+	if linger {
+		tidy(root, id)
+	}
 	c, err := below(root, id, false)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
@@ -370,21 +435,35 @@ func (s *Share) release(id string) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
+	if linger {
+		return nil
+	}
 	if err := unix.Unlinkat(root, id, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("removing its directory in %s: %w", s.mounts(), err)
 	}
 	return nil
 }
 
-// list returns the names in a directory.
-func list(dirfd int) ([]string, error) {
+// entries returns what is in a directory.
+func entries(dirfd int) ([]fs.DirEntry, error) {
 	fd, err := unix.Openat(dirfd, ".", unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), "directory")
+	// By this name files are found whose type the file system does not tell.
+	f := os.NewFile(uintptr(fd), fmt.Sprintf("/proc/self/fd/%d", fd))
 	defer f.Close()
-	return f.Readdirnames(-1)
+	return f.ReadDir(-1)
+}
+
+// list returns the names in a directory.
+func list(dirfd int) ([]string, error) {
+	entries, err := entries(dirfd)
+	names := make([]string, 0, len(entries))
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, err
 }
 
 // clear unmounts what is mounted at name and removes name, which is an empty directory or file.
@@ -469,7 +548,7 @@ func (s *Share) releaseAll() error {
 	unix.Close(root)
 	errs := []error{err}
 	for _, name := range names {
-		errs = append(errs, s.release(name))
+		errs = append(errs, s.release(name, false))
 	}
 	return errors.Join(errs...)
 }
