@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,8 +26,11 @@ const (
 	apiVersion = 12 // its only answer since 2007
 )
 
-func ioctl(f *os.File, request, argument uintptr) (int, error) {
-	n, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, argument)
+// ioctl has an argument that is a pointer, or nil for 0. It takes no uintptr made of one: until the system
+// call, the stack that it would point into may move.
+func ioctl(f *os.File, request uintptr, argument unsafe.Pointer) (int, error) {
+	fd := f.Fd()
+	n, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, request, uintptr(argument))
 	if errno != 0 {
 		return 0, errno
 	}
@@ -39,34 +43,35 @@ func Open() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if v, err := ioctl(f, getAPIVersion, 0); err != nil || v != apiVersion {
+	if v, err := ioctl(f, getAPIVersion, nil); err != nil || v != apiVersion {
 		f.Close()
 		return nil, fmt.Errorf("%s does not speak KVM's API (version %d, %v)", Device, v, err)
 	}
 	return f, nil
 }
 
-// Check makes a machine with one processor, lets it execute a few instructions where that is known for
-// the architecture, and lets go of it. It takes a second at most. The error says what does not work and
+// Check makes a machine with one processor, lets it execute a few instructions where Executes is true,
+// and lets go of it. It takes a second at most. The error says what does not work and
 // what mends it.
 func Check() error {
 	f, err := Open()
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("there is no %s; enable virtualization in the firmware, or nested virtualization for this machine on its host, and load the module kvm_intel or kvm_amd: %w", Device, err)
+	// systemd makes the node before the module is there; it then leads to nothing.
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("nothing is behind %s; enable virtualization in the firmware, or nested virtualization for this machine on its host, and load the module kvm_intel or kvm_amd: %w", Device, err)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w; run the daemon as root", err)
 	case err != nil:
 		return err
 	}
 	defer f.Close()
-	fd, err := ioctl(f, createVM, 0)
+	fd, err := ioctl(f, createVM, nil)
 	if err != nil {
 		return fmt.Errorf("%s makes no virtual machine: %w", Device, err)
 	}
 	vm := os.NewFile(uintptr(fd), "kvm-vm")
 	defer vm.Close()
-	if fd, err = ioctl(vm, createVCPU, 0); err != nil {
+	if fd, err = ioctl(vm, createVCPU, nil); err != nil {
 		return fmt.Errorf("%s makes no virtual processor: %w", Device, err)
 	}
 	vcpu := os.NewFile(uintptr(fd), "kvm-vcpu")

@@ -28,6 +28,9 @@ const (
 	tryTimeout = time.Second
 )
 
+// Executes says that Check lets the processor execute something on this architecture.
+const Executes = true
+
 // code stores a number in memory, reads it back, adds to it, and says the sum at a port:
 // mov ax, 40; mov [0x500], ax; add word [0x500], 2; mov ax, [0x500]; out 0xe9, al; hlt.
 var code = []byte{0xb8, 0x28, 0x00, 0xa3, 0x00, 0x05, 0x83, 0x06, 0x00, 0x05, 0x02, 0xa1, 0x00, 0x05, 0xe6, 0xe9, 0xf4}
@@ -41,30 +44,29 @@ func try(device, vm, vcpu *os.File) error {
 	}
 	defer unix.Munmap(memory)
 	copy(memory[codeAt:], code)
-	// slot, flags, guest's address, size, ours
 	region := struct {
 		slot, flags       uint32
 		guest, size, ours uint64
 	}{size: uint64(len(memory)), ours: uint64(uintptr(unsafe.Pointer(&memory[0])))}
-	if _, err := ioctl(vm, setUserMemoryRegion, uintptr(unsafe.Pointer(&region))); err != nil {
+	if _, err := ioctl(vm, setUserMemoryRegion, unsafe.Pointer(&region)); err != nil {
 		return fmt.Errorf("it takes no memory: %w", err)
 	}
 	var special [312]byte
-	if _, err := ioctl(vcpu, getSregs, uintptr(unsafe.Pointer(&special))); err != nil {
+	if _, err := ioctl(vcpu, getSregs, unsafe.Pointer(&special)); err != nil {
 		return err
 	}
 	// The code segment comes first: its base, its limit, its selector.
 	binary.LittleEndian.PutUint64(special[0:], 0)
 	binary.LittleEndian.PutUint16(special[12:], 0)
-	if _, err := ioctl(vcpu, setSregs, uintptr(unsafe.Pointer(&special))); err != nil {
+	if _, err := ioctl(vcpu, setSregs, unsafe.Pointer(&special)); err != nil {
 		return err
 	}
 	var regs [18]uint64
 	regs[16], regs[17] = codeAt, 2 // rip and rflags, which has one bit that is always set
-	if _, err := ioctl(vcpu, setRegs, uintptr(unsafe.Pointer(&regs))); err != nil {
+	if _, err := ioctl(vcpu, setRegs, unsafe.Pointer(&regs)); err != nil {
 		return err
 	}
-	size, err := ioctl(device, getVCPUMmapSize, 0)
+	size, err := ioctl(device, getVCPUMmapSize, nil)
 	if err != nil {
 		return err
 	}
@@ -95,7 +97,7 @@ func try(device, vm, vcpu *os.File) error {
 	}()
 	said := -1
 	for time.Now().Before(deadline) {
-		if _, err := ioctl(vcpu, runVCPU, 0); errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
+		if _, err := ioctl(vcpu, runVCPU, nil); errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
 			continue
 		} else if err != nil {
 			return fmt.Errorf("it does not run its processor: %w", err)
