@@ -102,11 +102,16 @@ type Hypervisor struct {
 // DefaultFirmware is where openEuler's package edk2-ovmf has the firmware of x86_64.
 const DefaultFirmware = "/usr/share/edk2/ovmf/OVMF_CODE.fd"
 
+// Machine is the machine type without its options.
+func (h Hypervisor) Machine() string {
+	name, _, _ := strings.Cut(strings.TrimPrefix(h.MachineType, "type="), ",")
+	return name
+}
+
 // StratoVirtFirmware is the firmware of StratoVirt's machine: the configured one, or for q35, which does not
 // boot without, the usual one, which the guide's file does not name.
 func (h Hypervisor) StratoVirtFirmware() string {
-	machine, _, _ := strings.Cut(strings.TrimPrefix(h.MachineType, "type="), ",")
-	if h.Firmware == "" && machine == "q35" {
+	if h.Firmware == "" && h.Machine() == "q35" {
 		return DefaultFirmware
 	}
 	return h.Firmware

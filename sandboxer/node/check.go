@@ -15,6 +15,7 @@ import (
 	"kuasar.io/kuasar/sandboxer/pod"
 	"kuasar.io/kuasar/sandboxer/storage"
 	"kuasar.io/kuasar/sandboxer/vm/disk"
+	"kuasar.io/kuasar/sandboxer/vm/kvm"
 	"kuasar.io/kuasar/sandboxer/vm/qemu"
 	"kuasar.io/kuasar/sandboxer/vm/stratovirt"
 )
@@ -221,14 +222,17 @@ func (c *check) hypervisor(ctx context.Context) {
 	}
 	out, err := output(ctx, real, "-version") // StratoVirt refuses --version
 	first := firstLine(out)
-	if said, serr := stratovirt.Version(ctx, real); !stratovirt.IsStratoVirt(first) && !strings.Contains(strings.ToLower(first), "qemu") && serr == nil {
-		first, err = said, nil
+	isQEMU := strings.Contains(strings.ToLower(first), "qemu")
+	if !isQEMU && !stratovirt.IsStratoVirt(first) {
+		// A StratoVirt that says nothing of itself tells by its monitor, which takes a start.
+		if said, serr := stratovirt.Version(ctx, real); serr == nil {
+			first, err = said, nil
+		}
 	}
-	lower := strings.ToLower(first)
 	switch {
 	case stratovirt.IsStratoVirt(first):
 		c.stratovirt(path, first, mend)
-	case strings.Contains(lower, "qemu"):
+	case isQEMU:
 		version, ok := parseRelease(first)
 		if ok && version.before(6, 0, 0) {
 			c.add("hypervisor", Missing, mend, "%s is %s; 6.0 or newer is needed", path, first)
@@ -252,9 +256,9 @@ func (c *check) stratovirt(path, said, mend string) {
 		return
 	}
 	c.kind = kindStratoVirt
-	machine, _, _ := strings.Cut(strings.TrimPrefix(h.MachineType, "type="), ",")
+	machine := h.Machine()
 	c.serial = ok && !version.before(2, 3, 0) && machine != "microvm"
-	c.emulates = strings.Contains(said, "(tcg)")
+	c.emulates = stratovirt.Emulates(said)
 	if firmware := h.StratoVirtFirmware(); firmware != "" {
 		if _, err := readableFile(c.Host.path(firmware)); err != nil {
 			mend := c.install("edk2-ovmf", "ovmf")
@@ -289,8 +293,7 @@ func (c *check) kvm(ctx context.Context) {
 	if c.cfg != nil {
 		accelerator = c.cfg.Hypervisor.Accelerator
 		if c.kind == kindQEMU {
-			machine, _, _ := strings.Cut(c.cfg.Hypervisor.MachineType, ",")
-			probe = kvmProbe{QEMU: c.Host.path(c.cfg.Hypervisor.Path), Machine: machine, Kernel: c.Host.path(c.cfg.Hypervisor.KernelPath),
+			probe = kvmProbe{QEMU: c.Host.path(c.cfg.Hypervisor.Path), Machine: c.cfg.Hypervisor.Machine(), Kernel: c.Host.path(c.cfg.Hypervisor.KernelPath),
 				Cache: filepath.Join(c.Host.path(c.Settings.Dir), ".kvm")}
 		}
 	}
@@ -325,11 +328,15 @@ func (c *check) kvm(ctx context.Context) {
 	}
 	works, reason := c.probes.kvm(ctx, probe)
 	if !works {
-		c.add("kvm", status, "enable nested virtualization for this machine on its host; or set accelerator = \"tcg\" in "+c.Settings.Config,
+		otherwise := "set accelerator = \"tcg\" in " + c.Settings.Config
+		if c.kind == kindStratoVirt && !c.emulates {
+			otherwise = useQEMU()
+		}
+		c.add("kvm", status, "enable nested virtualization for this machine on its host; or "+otherwise,
 			"/dev/kvm opens and runs no guest: %s; %s", reason, c.withoutKVM(status))
 		return
 	}
-	if probe.QEMU == "" && c.kind != kindStratoVirt {
+	if probe.QEMU == "" && c.kind != kindStratoVirt && !kvm.Executes {
 		c.add("kvm", Warning, c.install("qemu-system-x86_64", "qemu-system-x86"), "%s; whether a guest runs was not tried, for which a QEMU is needed", reason)
 		return
 	}

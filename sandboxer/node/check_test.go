@@ -113,7 +113,7 @@ func TestCheck(t *testing.T) {
 		{"StratoVirt without KVM", func(c *Checker) {
 			useStratoVirt(t, c, "2.4.0", "microvm", "")
 			c.probes.kvm = func(context.Context, kvmProbe) (bool, string) { return false, "stopped at once" }
-		}, "kvm", Missing, "no pod starts", "nested"},
+		}, "kvm", Missing, "no pod starts", "config_qemu.toml"},
 		{"StratoVirt with KVM", func(c *Checker) { useStratoVirt(t, c, "2.4.0", "microvm", "") }, "kvm", OK, "boots", ""},
 		{"StratoVirt that is to emulate", func(c *Checker) { useStratoVirt(t, c, "2.4.0", "microvm", "accelerator = \"tcg\"\n") }, "kvm", Missing, "nothing but KVM", "vi "},
 		{"StratoVirt without vsock", func(c *Checker) {

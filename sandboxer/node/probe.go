@@ -52,6 +52,9 @@ func probeKVM(_ context.Context, p kvmProbe) (works bool, reason string) {
 		if err != nil {
 			return false, err.Error()
 		}
+		if !kvm.Executes {
+			return true, "/dev/kvm makes virtual machines"
+		}
 		return true, "/dev/kvm runs a guest of a few instructions"
 	}
 	dir, err := os.MkdirTemp("", "kuasar-kvm-")

@@ -31,8 +31,8 @@ const (
 	firstSlot  = 4 // of the others
 )
 
-// commandLine returns StratoVirt's arguments for a root of the given type on the image, or none, and the files for them to refer to, in their order from
-// descriptor 3.
+// commandLine returns StratoVirt's arguments for a root of the given type on the image, or none, and the
+// files for them to refer to, in their order from descriptor 3.
 func (d *Driver) commandLine(s vm.Spec, rootFSType string) (args []string, files []*os.File) {
 	add := func(a ...string) { args = append(args, a...) }
 	inherit := func(f *os.File) int {

@@ -127,7 +127,7 @@ func New(cfg Config) (*Driver, error) {
 				"install it and start the daemon with --config /var/lib/kuasar/config_qemu.toml", err)
 		}
 	case "tcg":
-		if !emulates(said) {
+		if !Emulates(said) {
 			return nil, fmt.Errorf("hypervisor.accelerator = \"tcg\": %s is StratoVirt %s, which needs KVM; set auto, or use QEMU: "+
 				"install it and start the daemon with --config /var/lib/kuasar/config_qemu.toml", d.path, d.release)
 		}
@@ -137,8 +137,8 @@ func New(cfg Config) (*Driver, error) {
 	return d, nil
 }
 
-// emulates says whether a StratoVirt has an emulation where others need KVM.
-func emulates(said string) bool {
+// Emulates says whether a StratoVirt that says this of itself has an emulation where others need KVM.
+func Emulates(said string) bool {
 	m := versionRE.FindStringSubmatch(said)
 	return m != nil && strings.Contains(m[4], "(tcg)")
 }
