@@ -78,7 +78,7 @@ var (
 
 const versionTimeout = 10 * time.Second
 
-// New finds out what the program at cfg.Path is and whether KVM works, which may take three seconds
+// New finds out what the program at cfg.Path is and whether KVM works, which may take ten seconds
 // the first time. Its errors say what to install or to change.
 func New(cfg Config) (*Driver, error) {
 	d := &Driver{path: cfg.Path, machineType: cfg.MachineType, firmware: cfg.Firmware, debug: cfg.Debug, log: cfg.Log}
