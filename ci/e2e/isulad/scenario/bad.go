@@ -52,18 +52,21 @@ func BadInput(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 
 	if v.Generation() == isulad.GenB {
 		const stale = `{"tasks":[{"task_id":%q,"spec":{},"rootfs":[]}]}`
-		for name, list := range map[string]string{
-			"truncated":     `{"tasks":[{"task_id":"abc","spec":{"process"`,
-			"large":         `{"tasks":[],"x":"` + strings.Repeat("y", 32<<20) + `"}`,
-			"huge":          `{"tasks":[],"x":"` + strings.Repeat("y", 33<<20) + `"}`,
-			"deeply nested": `{"tasks":` + strings.Repeat("[", 100000) + strings.Repeat("]", 100000) + `}`,
-			"a bad id":      fmt.Sprintf(stale, "../../etc"),
-			"twice":         `{"tasks":[{"task_id":"a"},{"task_id":"a"}]}`,
-			"not a list":    `{"tasks":7}`,
+		for name, bad := range map[string]struct {
+			list    string
+			reasons []string
+		}{
+			"truncated": {`{"tasks":[{"task_id":"abc","spec":{"process"`, []string{"cannot decode the JSON"}},
+			// The limits of the list and of a message are about the same.
+			"large":         {`{"tasks":[],"x":"` + strings.Repeat("y", 32<<20) + `"}`, []string{"more than", "larger than max"}},
+			"huge":          {`{"tasks":[],"x":"` + strings.Repeat("y", 33<<20) + `"}`, []string{"more than", "larger than max"}},
+			"deeply nested": {`{"tasks":` + strings.Repeat("[", 100000) + strings.Repeat("]", 100000) + `}`, []string{"nests deeper"}},
+			"a bad id":      {fmt.Sprintf(stale, "../../etc"), []string{"task_id"}},
+			"twice":         {`{"tasks":[{"task_id":"a"},{"task_id":"a"}]}`, []string{"listed twice"}},
+			"not a list":    {`{"tasks":7}`, []string{"not an array"}},
 		} {
 			t.Run("list of tasks: "+name, func(t *testing.T) {
-				err := h.Announce(p.id, []byte(list))
-				refused(t, err, "JSON", "more than", "larger than max", "id", "twice", "array")
+				refused(t, h.Announce(p.id, []byte(bad.list)), bad.reasons...)
 				unharmed(t)
 			})
 		}

@@ -128,11 +128,11 @@ func Storm(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 // one of an iSulad of the other generation.
 func MachineDies(ctx context.Context, t *testing.T, n *Node, v isulad.Version) {
 	h := begin(ctx, t, n, v)
-	v2 := isulad.V216
+	another := isulad.V216
 	if v.Generation() == isulad.GenB {
-		v2 = isulad.V213
+		another = isulad.V213
 	}
-	p, other := h.run(nil), begin(ctx, t, n, v2).run(nil)
+	p, other := h.run(nil), begin(ctx, t, n, another).run(nil)
 	c, bystander := p.start("exec sleep 1000"), other.start("exec sleep 1000")
 	vmm, err := n.VMM(p.id)
 	if err != nil {
