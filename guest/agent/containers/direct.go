@@ -44,6 +44,8 @@ type announcement struct {
 	names   stdioNames // without terminal, which the client's request tells
 	streams streams
 	peers   *peers // nil if the guest listens for none of the streams
+	// expected are to be called when the process is being made or never will be.
+	expected []func()
 }
 
 // announce opens what the guest has to open for a process.
@@ -70,7 +72,20 @@ func (s *Service) announceLocked(d *protocol.Direct) (*announcement, error) {
 			return nil, err
 		}
 	}
+	// A client may take any time between the announcement and the process.
+	for _, name := range names.all() {
+		if name != "" {
+			a.expected = append(a.expected, a.streams.expect(name))
+		}
+	}
 	return a, nil
+}
+
+// settle is called when the announcement is not waited upon any more.
+func (a *announcement) settle() {
+	for _, done := range a.expected {
+		done()
+	}
 }
 
 // deleted tells that the container of this announcement was deleted.
@@ -87,6 +102,7 @@ func (a *announcement) end() {
 // replaced ends the streams for which the guest listens. The daemon's may be named again in the
 // announcement that comes instead.
 func (a *announcement) replaced() {
+	a.settle()
 	if a.peers != nil {
 		go a.peers.finish(func() {})
 	}
@@ -108,6 +124,7 @@ func (c *container) serveDirectly(a *announcement) {
 	terminal := c.init.stdio.terminal
 	c.init.stdio, c.init.streams, c.init.peers = a.names, a.streams, a.peers
 	c.init.stdio.terminal = terminal
+	a.settle()
 }
 
 // PrepareProcess announces an exec of a direct container; from here on the guest listens for its
@@ -211,6 +228,7 @@ func (s *Service) takeExec(c *container, execID string) (*announcement, error) {
 	}
 	s.mu.Unlock()
 	if a != nil {
+		a.settle()
 		return a, nil
 	}
 	if _, err := c.process(execID); err == nil {

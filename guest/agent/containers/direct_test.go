@@ -9,7 +9,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -663,4 +665,83 @@ func TestStreamsTakeOneConnection(t *testing.T) {
 		}
 		return err != nil
 	})
+}
+
+// expecting are streams that nobody opens; it counts those that are expected.
+type expecting map[string]int
+
+func (expecting) check(string) error          { return nil }
+func (expecting) output(string) output        { return nobodyOutput{} }
+func (expecting) input(string) io.ReadCloser  { return nobody{} }
+func (e expecting) expect(name string) func() { e[name]++; return sync.OnceFunc(func() { e[name]-- }) }
+
+type nobody struct{}
+
+func (nobody) Close() error                { return nil }
+func (nobody) Read([]byte) (int, error)    { return 0, io.EOF }
+func (nobody) Write(b []byte) (int, error) { return len(b), nil }
+
+type nobodyOutput struct{ nobody }
+
+func (nobodyOutput) Close(context.Context) error { return nil }
+
+// The host's end of a stream waits from the announcement until the process is made, or will not be.
+func TestStreamsAreExpectedWhileAnnounced(t *testing.T) {
+	s, c, _ := announced(t)
+	e := expecting{}
+	s.streams = e
+	want := func(when string, tokens ...string) {
+		t.Helper()
+		for name, n := range e {
+			if got := n == 1; got != slices.Contains(tokens, name) || n > 1 {
+				t.Errorf("%s: stream %s is expected %d times", when, name, n)
+			}
+		}
+		for _, name := range tokens {
+			if e[name] != 1 {
+				t.Errorf("%s: stream %s is expected %d times", when, name, e[name])
+			}
+		}
+	}
+	spec, err := json.Marshal(plainSpec())
+	if err != nil {
+		t.Fatal(err)
+	}
+	prepare := func(id string, d *protocol.Direct) {
+		t.Helper()
+		if err := s.Prepare(t.Context(), &protocol.PrepareContainerRequest{ContainerId: id, Spec: spec, Direct: d}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	prepare("c2", &protocol.Direct{Stdout: "a", Stderr: "b"})
+	want("announced", "a", "b")
+	prepare("c2", &protocol.Direct{Stdout: "a", Stderr: "c"})
+	want("announced again", "a", "c")
+	if err := s.Purge(t.Context(), "c2"); err != nil {
+		t.Fatal(err)
+	}
+	want("purged")
+	prepare("c3", &protocol.Direct{Stdin: "i"})
+	want("announced", "i")
+	newContainer(s, createRequest("c3")).serveDirectly(s.prepared["c3"].main)
+	want("made")
+
+	for _, execID := range []string{"e1", "e2"} {
+		if err := prepareExec(s, "c1", execID, &protocol.Direct{Stdout: execID}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want("processes announced", "e1", "e2")
+	if err := prepareExec(s, "c1", "e1", &protocol.Direct{Stdout: "f1"}); err != nil {
+		t.Fatal(err)
+	}
+	want("one of them again", "f1", "e2")
+	if _, err := s.takeExec(c, "e2"); err != nil {
+		t.Fatal(err)
+	}
+	want("one of them made", "f1")
+	if err := s.PurgeProcess(t.Context(), &protocol.PurgeProcessRequest{ContainerId: "c1", ExecId: "e1"}); err != nil {
+		t.Fatal(err)
+	}
+	want("the other withdrawn")
 }

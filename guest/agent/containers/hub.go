@@ -19,6 +19,8 @@ type streams interface {
 	check(name string) error
 	output(name string) output
 	input(name string) io.ReadCloser
+	// expect has the host's end of a stream wait for its process until done is called.
+	expect(name string) (done func())
 }
 
 // output is the guest's end of a standard output or error.
@@ -50,6 +52,11 @@ func (h hubStreams) output(name string) output {
 func (h hubStreams) input(name string) io.ReadCloser {
 	t, _ := token(name)
 	return h.hub.Input(t)
+}
+
+func (h hubStreams) expect(name string) func() {
+	t, _ := token(name)
+	return h.hub.Expect(t)
 }
 
 // token returns the token in the name of a stream.

@@ -171,6 +171,7 @@ func (s *Service) openPeer(name string) (*peer, error) {
 	s.mu.Lock()
 	s.listening[port] = p
 	s.mu.Unlock()
+	// settle uses the timer, which must not end before it is here.
 	p.timer = time.AfterFunc(time.Hour, func() { p.settle(nil) })
 	p.timer.Reset(s.limits.connect)
 	go p.accept()
@@ -268,4 +269,12 @@ func (a announcedStreams) input(name string) io.ReadCloser {
 		return peerInput{a.peers.all[name]}
 	}
 	return a.streams.input(name)
+}
+
+// expect does nothing for those for which the guest listens: they have a time of their own.
+func (a announcedStreams) expect(name string) func() {
+	if a.peers != nil && a.peers.all[name] != nil {
+		return func() {}
+	}
+	return a.streams.expect(name)
 }

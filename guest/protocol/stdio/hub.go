@@ -10,7 +10,8 @@ import (
 )
 
 // Streams that the host opened wait for their process at most parkedTime, and at most maxParked
-// of them. A host that opens them and then never creates the process costs no more than that.
+// of them. A host that opens them and then never creates the process costs no more than that. Those
+// that somebody expects wait for as long as they are expected, and are not counted.
 const (
 	maxParked  = 1024
 	parkedTime = 60 * time.Second
@@ -26,6 +27,7 @@ type Hub struct {
 	outputs  map[string]*Output
 	inputs   map[string]*input
 	parked   map[string]*parked
+	expected map[string]int    // by how many, see Expect
 	finished map[string]uint64 // token to total
 	order    []string          // of finished, oldest first
 	timeout  time.Duration
@@ -44,6 +46,7 @@ func NewHub() *Hub {
 		outputs:  map[string]*Output{},
 		inputs:   map[string]*input{},
 		parked:   map[string]*parked{},
+		expected: map[string]int{},
 		finished: map[string]uint64{},
 		timeout:  parkedTime,
 	}
@@ -78,7 +81,7 @@ func (h *Hub) accept(conn net.Conn) {
 	out, in := h.outputs[head.token], h.inputs[head.token]
 	total, finished := h.finished[head.token]
 	_, waiting := h.parked[head.token]
-	room := waiting || len(h.parked) < maxParked
+	room := waiting || h.expected[head.token] > 0 || h.unexpected() < maxParked
 	h.mu.Unlock()
 
 	switch {
@@ -130,15 +133,55 @@ func (h *Hub) park(conn net.Conn, head header) {
 		old.conn.Close()
 	}
 	p := &parked{conn: conn, kind: head.kind}
-	p.timer = time.AfterFunc(h.timeout, func() {
+	p.timer = time.AfterFunc(h.timeout, func() { h.expire(head.token, p) })
+	if h.expected[head.token] > 0 {
+		p.timer.Stop()
+	}
+	h.parked[head.token] = p
+}
+
+// expire ends the waiting of a parked connection, unless it is expected by now.
+func (h *Hub) expire(token string, p *parked) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.parked[token] == p && h.expected[token] == 0 {
+		delete(h.parked, token)
+		p.conn.Close()
+	}
+}
+
+// unexpected counts the parked connections that are bounded. h.mu is held.
+func (h *Hub) unexpected() int {
+	n := 0
+	for token := range h.parked {
+		if h.expected[token] == 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// Expect has the stream of a token wait for its process for as long as it takes, whether or not the host
+// has opened it, until done is called. From then on it has the time that any other stream has. The
+// caller bounds what it expects. done may be called more than once.
+func (h *Hub) Expect(token string) (done func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.expected[token]++
+	if p := h.parked[token]; p != nil {
+		p.timer.Stop()
+	}
+	return sync.OnceFunc(func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		if h.parked[head.token] == p {
-			delete(h.parked, head.token)
-			conn.Close()
+		if h.expected[token]--; h.expected[token] > 0 {
+			return
+		}
+		delete(h.expected, token)
+		if p := h.parked[token]; p != nil {
+			p.timer.Reset(h.timeout)
 		}
 	})
-	h.parked[head.token] = p
 }
 
 // claim takes the parked connection of a token, if there is one of the right direction. h.mu is

@@ -594,6 +594,65 @@ func TestParkedStreamsAreBounded(t *testing.T) {
 	g.hub.mu.Unlock()
 }
 
+func TestExpectedStreamsWait(t *testing.T) {
+	g := newGuest(t)
+	const brief = time.Millisecond
+	parked := func(token string) bool {
+		g.hub.mu.Lock()
+		defer g.hub.mu.Unlock()
+		return g.hub.parked[token] != nil
+	}
+	waitFor := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); !ok(); runtime.Gosched() {
+			if time.Now().After(deadline) {
+				t.Fatal(what)
+			}
+		}
+	}
+	// Opened before it was expected, and after.
+	early := rawOpen(t, g, header{kind: Stdout, token: "early"})
+	defer early.Close()
+	waitFor("it is not parked", func() bool { return parked("early") })
+	dones := []func(){g.hub.Expect("early"), g.hub.Expect("late"), g.hub.Expect("late")}
+	g.hub.timeout = brief
+	late := rawOpen(t, g, header{kind: Stdout, token: "late"})
+	defer late.Close()
+	waitFor("it is not parked", func() bool { return parked("late") })
+	// Even if a timer fires that could not be stopped any more.
+	for _, token := range []string{"early", "late"} {
+		g.hub.mu.Lock()
+		p := g.hub.parked[token]
+		g.hub.mu.Unlock()
+		g.hub.expire(token, p)
+		if !parked(token) || p.timer.Stop() {
+			t.Errorf("stream %s does not wait", token)
+		}
+	}
+	g.hub.mu.Lock()
+	if n := g.hub.unexpected(); n != 0 {
+		t.Errorf("%d streams are counted", n)
+	}
+	g.hub.mu.Unlock()
+	// What two expect waits for both.
+	dones[1]()
+	dones[1]()
+	if g.hub.expire("late", g.hub.parked["late"]); !parked("late") {
+		t.Error("one of two does not expect it any more, and it is gone")
+	}
+	for _, done := range dones {
+		done()
+	}
+	for _, c := range []net.Conn{early, late} {
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("a stream that nobody expects any more: %v", err)
+		}
+	}
+	if len(g.hub.expected) != 0 {
+		t.Errorf("left: %v", g.hub.expected)
+	}
+}
+
 func TestWrongDirectionIsRefused(t *testing.T) {
 	g := newGuest(t)
 	o := g.hub.Output("t")
