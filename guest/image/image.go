@@ -19,6 +19,7 @@ import (
 	"strings"
 
 	"github.com/u-root/u-root/pkg/cpio"
+	"golang.org/x/sys/unix"
 
 	"kuasar.io/kuasar/guest/initrd"
 )
@@ -119,7 +120,7 @@ func unpack(path string, r cpio.Record) error {
 		if err := os.Mkdir(path, 0o755); err != nil {
 			return err
 		}
-		if r.Mode&stickyBit != 0 {
+		if r.Mode&unix.S_ISVTX != 0 {
 			mode |= os.ModeSticky
 		}
 	case cpio.S_IFREG:
@@ -141,9 +142,6 @@ func unpack(path string, r cpio.Record) error {
 	}
 	return os.Chmod(path, mode)
 }
-
-// stickyBit is S_ISVTX.
-const stickyBit = 0o1000
 
 func data(r cpio.Record) ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(r, 0, int64(r.FileSize)))

@@ -22,6 +22,7 @@ import (
 	"strings"
 
 	"github.com/u-root/u-root/pkg/cpio"
+	"golang.org/x/sys/unix"
 	"kuasar.io/kuasar/ci/cache"
 	"kuasar.io/kuasar/guest/protocol"
 )
@@ -94,7 +95,7 @@ func Contents(agentPath, consolePath string) ([]cpio.Record, error) {
 	for _, dir := range []string{"bin", "mnt", "proc", "run", "sbin", "sys", "usr/bin", "usr/sbin", "var/log"} {
 		records = append(records, cpio.Directory(dir, 0o755))
 	}
-	records = append(records, cpio.Directory("root", 0o700), cpio.Directory("tmp", 0o777|stickyBit), cpio.Symlink("var/run", "/run"))
+	records = append(records, cpio.Directory("root", 0o700), cpio.Directory("tmp", 0o777|unix.S_ISVTX), cpio.Symlink("var/run", "/run"))
 	if consolePath != "" {
 		archive, err := os.ReadFile(consolePath)
 		if err != nil {
@@ -104,9 +105,6 @@ func Contents(agentPath, consolePath string) ([]cpio.Record, error) {
 	}
 	return records, nil
 }
-
-// stickyBit is S_ISVTX.
-const stickyBit = 0o1000
 
 // Arrange returns records with the folders that lead to them, in the order of their names, so that
 // every folder comes before what is in it. A name that is there twice is an error.
