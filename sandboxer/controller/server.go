@@ -16,8 +16,9 @@ import (
 const serviceName = "containerd.services.sandbox.v1.Controller"
 
 // maxRequest bounds a request, in bytes: 16 MiB and what goes around it. An Update may be as long as
-// maxUpdate, a snapshot and what goes around that, because it may carry the specs of all containers of a pod. Longer ones are refused with
-// ResourceExhausted, naming both sizes; beyond maxUpdate before they are read.
+// maxUpdate, a snapshot and what goes around that, because it may carry the specs of all containers of a
+// pod. Longer ones are refused with ResourceExhausted, naming both sizes; beyond maxUpdate before they
+// are read.
 const (
 	maxRequest = 16<<20 + 64<<10
 	maxUpdate  = maxSnapshot + 1<<20

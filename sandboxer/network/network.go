@@ -193,7 +193,7 @@ func (a *Attachment) forgetGone(h *netlink.Handle) error {
 	return nil
 }
 
-func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *iface) (err error) {
+func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *iface) error {
 	p := &a.ports[0]
 	tap, err := h.LinkByName(p.Tap)
 	if err != nil {

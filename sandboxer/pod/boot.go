@@ -529,10 +529,13 @@ func (b *boot) serveTasks(ctx context.Context) error {
 
 // takeLateNetwork follows the pod's network namespace, if its network is still to come.
 func (p *Pod) takeLateNetwork(ctx context.Context) error {
-	if !p.rec.LateNetwork || p.network == nil {
+	p.mu.Lock()
+	late, network := p.rec.LateNetwork, p.network
+	p.mu.Unlock()
+	if !late || network == nil {
 		return nil
 	}
-	return p.followNetwork(ctx, p.network)
+	return p.followNetwork(ctx, network)
 }
 
 // openTasks makes the host's side of the containers and serves it on the task socket, together with
