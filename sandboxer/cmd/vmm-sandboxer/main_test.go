@@ -14,6 +14,9 @@ import (
 	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
 	"google.golang.org/protobuf/proto"
+
+	"kuasar.io/kuasar/sandboxer/config"
+	"kuasar.io/kuasar/sandboxer/pod"
 )
 
 func shortDir(t *testing.T) string {
@@ -40,6 +43,18 @@ func TestGuideDefaults(t *testing.T) {
 	for _, args := range [][]string{{"--listen", "x.sock"}, {"run"}, {"--no-such"}} {
 		if _, err := parse(args, io.Discard); err == nil {
 			t.Errorf("%q is accepted", args)
+		}
+	}
+}
+
+// The configuration's word goes to the manager as it is.
+func TestTaskAddressForms(t *testing.T) {
+	for configured, form := range map[string]string{
+		config.TaskAddressAuto: pod.AddressAuto, config.TaskAddressVsock: pod.AddressVsock,
+		config.TaskAddressTTRPCVsock: pod.AddressTTRPCVsock, config.TaskAddressUnix: pod.AddressUnix,
+	} {
+		if configured != form {
+			t.Errorf("the configuration says %q for what the manager calls %q", configured, form)
 		}
 	}
 }
