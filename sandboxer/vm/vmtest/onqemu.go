@@ -55,7 +55,7 @@ func StratoVirtOnQEMU(args []string) (status int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	// QEMU is to die with this thread, which is therefore the process's first and stays with it.
+	// QEMU dies with the thread that starts it, which must therefore live as long as this process.
 	runtime.LockOSThread()
 	b := &onQEMU{line: line, release: release}
 	return b.run(args)
