@@ -25,7 +25,7 @@ func (n *guide) given(name, variable, what string) bool {
 
 // stratovirt puts what was given where openEuler's packages have it. The configuration is the package's own.
 func (n *guide) stratovirt() {
-	n.show("install -m 0755 /node/given/stratovirt /usr/bin/stratovirt && stratovirt --version")
+	n.show("install -m 0755 /node/given/stratovirt /usr/bin/stratovirt && stratovirt -version")
 	n.try("[ ! -e /node/given/virtiofsd ] || install -D -m 0755 /node/given/virtiofsd /usr/libexec/virtiofsd")
 	n.try("[ ! -d /node/given/firmware ] || { mkdir -p /usr/share/edk2/ovmf && cp /node/given/firmware/*.fd /usr/share/edk2/ovmf/; }")
 	n.use(stratovirtConfig)

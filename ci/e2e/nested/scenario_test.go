@@ -421,7 +421,7 @@ func (n *guide) erase() {
 		n.t.Error("a scriptlet has failed")
 	}
 	n.try("rpm -q kuasar; systemctl status --no-pager kuasar-vmm")
-	left, _ := n.try("pgrep -a 'vmm-sandboxer|qemu-system|stratovirt|virtiofsd'; ls -A -d " + state + " /run/vmm-sandboxer.sock /usr/bin/vmm-sandboxer /usr/lib/systemd/system/kuasar-vmm.service 2>/dev/null; find /var/lib/kuasar -type f 2>/dev/null")
+	left, _ := n.try("ps -e -o pid=,comm= | grep -E 'vmm-sandboxer|qemu-system|stratovirt|virtiofsd'; ls -A -d " + state + " /run/vmm-sandboxer.sock /usr/bin/vmm-sandboxer /usr/lib/systemd/system/kuasar-vmm.service 2>/dev/null; find /var/lib/kuasar -type f 2>/dev/null")
 	for line := range strings.Lines(left) {
 		// RPM saves the files that were edited.
 		if line = strings.TrimSpace(line); line != "" && !strings.HasSuffix(line, ".rpmsave") {
