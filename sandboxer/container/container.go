@@ -262,6 +262,14 @@ func NewSet(opts Options) *Set {
 	return s
 }
 
+// Finished tells whether a client that announces its containers is through with one, once it says so:
+// the container is gone. Of clients that announce nothing it cannot be told.
+func (s *Set) Finished(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.opts.Announced && s.containers[id] == nil
+}
+
 // Len is the number of containers, including those being created or deleted, and those announced.
 func (s *Set) Len() int {
 	s.mu.Lock()

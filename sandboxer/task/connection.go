@@ -41,6 +41,7 @@ const (
 var (
 	errNotKept = errors.New("it was not kept")
 	errGone    = fmt.Errorf("the client has closed its connection: %w", context.Canceled)
+	errLast    = fmt.Errorf("the client has made its last call: %w", context.Canceled)
 	errBroken  = fmt.Errorf("the client broke the protocol: %w", context.Canceled)
 )
 
@@ -92,14 +93,15 @@ type connection struct {
 	changed chan struct{} // closed and replaced when something may have ended that somebody waits for
 	inbox   inbox
 	outbox  outbox
-	seen    int64   // what another daemon may have handled ends here
-	parsed  int64   // what was handled ends here
-	last    uint32  // highest stream id
-	credit  uint32  // what the client has granted for output, modulo 2^32
-	waiting []*call // calls that another daemon has left, until resume
-	running int     // calls without an answer
-	brief   int     // those of them that do not wait for a process
-	stream  *stream // the only one that a connection carries, from its request on
+	seen    int64       // what another daemon may have handled ends here
+	parsed  int64       // what was handled ends here
+	last    uint32      // highest stream id
+	credit  uint32      // what the client has granted for output, modulo 2^32
+	waiting []*call     // calls that another daemon has left, until resume
+	running int         // calls without an answer
+	brief   int         // those of them that do not wait for a process
+	stream  *stream     // the only one that a connection carries, from its request on
+	leaving *time.Timer // ends the connection; nil while more calls may come
 
 	flushing bool // a goroutine waits for the client to take more
 	stopped  bool // nothing more is read
@@ -543,6 +545,7 @@ func (c *connection) takeRequest(f frame) (run func()) {
 		return nil
 	}
 	c.last = f.stream
+	c.stay()
 	request := &ttrpc.Request{}
 	if err := proto.Unmarshal(f.payload, request); err != nil {
 		c.refuse(f.stream, codes.InvalidArgument, "cannot decode a request: %v", err)
@@ -611,7 +614,40 @@ func (c *connection) run(k *call) {
 		c.unpin(k.slot)
 	}
 	c.flush()
+	if err == nil && k.stream == c.last && c.server.last(k.request.GetMethod(), k.request.GetPayload()) {
+		c.leave()
+	}
 	c.settle()
+}
+
+// leave ends the connection after a while, unless there is another call. c.mu is held.
+func (c *connection) leave() {
+	if c.lost || c.frozen {
+		return
+	}
+	c.stay()
+	var timer *time.Timer
+	timer = time.AfterFunc(c.server.linger, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		switch {
+		case c.leaving != timer || c.frozen || c.stopped || c.lost || c.inbox.End() != c.parsed:
+		case !c.quiet():
+			c.leave() // somebody waits for a process, or reads late
+		default:
+			c.log.Debug("closing a connection on which the client has made its last call")
+			c.lose(errLast)
+		}
+	})
+	c.leaving = timer
+}
+
+// stay takes leave back. c.mu is held.
+func (c *connection) stay() {
+	if c.leaving != nil {
+		c.leaving.Stop()
+		c.leaving = nil
+	}
 }
 
 // callContext is what a request says about its context.
@@ -751,6 +787,7 @@ func (c *connection) lose(err error) {
 		return
 	}
 	c.lost = true
+	c.stay()
 	c.giveUp()
 	c.end(err)
 	if c.stream != nil {
@@ -789,6 +826,7 @@ func (c *connection) freeze(cause error) {
 		return
 	}
 	c.flush()
+	c.stay()
 	c.frozen = true
 	c.notify()
 	in, out := c.inbox, c.outbox

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -463,4 +464,93 @@ func TestHandOver(t *testing.T) {
 	eventually(t, "nothing is kept", func() bool {
 		return s2.connections() == 0 && manager.Sync() == nil && len(manager.Names()) == 0
 	})
+}
+
+// A connection ends after its client's last call, but not while somebody waits for an answer, nor if
+// there is another call after all.
+func TestConnectionEndsAfterTheLastCall(t *testing.T) {
+	waiting := make(chan struct{})
+	b := fake{call: func(ctx context.Context, method string, payload []byte) ([]byte, error) {
+		switch method {
+		case "Wait":
+			<-waiting
+		case "Fail":
+			return nil, errors.New("no")
+		}
+		return payload, nil
+	}}
+	s := newServer(b, Options{PodID: "pod", Log: logger(t)})
+	s.linger = time.Millisecond
+	asked := make(chan string, 16)
+	s.last = func(method string, _ []byte) bool {
+		asked <- method
+		return method == "Shutdown"
+	}
+	socket := filepath.Join(t.TempDir(), "t")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	ctx := testContext(t)
+
+	client := dial(t, socket)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := ask(ctx, client, "Wait", "")
+		answer <- err
+	}()
+	state := func(get func(*connection) bool) bool {
+		s.mu.Lock()
+		var c *connection
+		for c = range s.conns {
+		}
+		s.mu.Unlock()
+		if c == nil {
+			return false
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return get(c)
+	}
+	eventually(t, "the call is under way", func() bool { return state(func(c *connection) bool { return c.running == 1 }) })
+	if _, err := ask(ctx, client, "Fail", ""); err == nil {
+		t.Fatal("no error")
+	}
+	if _, err := ask(ctx, client, "Shutdown", ""); err != nil {
+		t.Fatal(err)
+	}
+	var first *time.Timer
+	eventually(t, "the timer runs", func() bool {
+		return state(func(c *connection) bool { first = c.leaving; return first != nil })
+	})
+	eventually(t, "it has begun anew", func() bool {
+		return state(func(c *connection) bool { return c.leaving != nil && c.leaving != first })
+	})
+	if _, err := ask(ctx, client, "State", ""); err != nil {
+		t.Fatalf("a call after the last one: %v", err)
+	}
+	if !state(func(c *connection) bool { return c.leaving == nil && !c.lost }) {
+		t.Error("the connection is to end in spite of another call")
+	}
+	close(waiting)
+	if err := <-answer; err != nil {
+		t.Errorf("the call that waited: %v", err)
+	}
+	if s.connections() != 1 {
+		t.Error("the connection has ended without a last call")
+	}
+	if _, err := ask(ctx, client, "Shutdown", ""); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the connection has ended", func() bool { return s.connections() == 0 })
+	if _, err := ask(ctx, client, "State", ""); err == nil {
+		t.Error("a call on a connection that has ended")
+	}
+	for len(asked) > 0 {
+		if method := <-asked; method == "Fail" {
+			t.Error("a call that failed was taken for the last")
+		}
+	}
 }

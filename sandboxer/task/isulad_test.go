@@ -35,6 +35,10 @@ func TestISuladOrder(t *testing.T) {
 	ctx := context.Background()
 	client := task2.NewTTRPCTaskClient(p.dial())
 	logFile := filepath.Join(t.TempDir(), "console.log")
+	shutdown, err := proto.Marshal(&task2.ShutdownRequest{ID: "c"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	create := &task2.CreateTaskRequest{ID: "c", Bundle: "/var/lib/isulad/engines/io.containerd.vmm.v1/c"}
 	if _, err := client.Create(ctx, create); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("Create of what was not announced: %v", err)
@@ -54,6 +58,9 @@ func TestISuladOrder(t *testing.T) {
 	}
 	announce("echo", "hello")
 	must[*task2.CreateTaskResponse](t)(client.Create(ctx, create))
+	if isLast(p.set, "Shutdown", shutdown) {
+		t.Error("a connection whose container lives would be closed")
+	}
 	if a := must[*task2.StartResponse](t)(client.Start(ctx, &task2.StartRequest{ID: "c"})); a.Pid == 0 {
 		t.Error("Start told no process id")
 	}
@@ -69,6 +76,9 @@ func TestISuladOrder(t *testing.T) {
 	must[*task2.DeleteResponse](t)(client.Delete(ctx, &task2.DeleteRequest{ID: "c"}))
 	if _, err := client.Shutdown(ctx, &task2.ShutdownRequest{ID: "c"}); err != nil {
 		t.Error(err)
+	}
+	if !isLast(p.set, "Shutdown", shutdown) || isLast(p.set, "Delete", shutdown) || isLast(newPodOf(t, false).set, "Shutdown", shutdown) {
+		t.Error("Shutdown, and only that, and only of a client that announces, is the last call")
 	}
 	if text, err := os.ReadFile(logFile); err != nil || !strings.Contains(string(text), `"log":"hello\n"`) {
 		t.Errorf("the log has %q, %v", text, err)

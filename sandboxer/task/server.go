@@ -17,6 +17,10 @@
 //   - How much output was delivered, and how much input the client may send, is remembered by the
 //     same step that puts the frame into the Outbox.
 //
+// A client that announces its containers never closes the connection that it has for each of them, nor
+// uses it any more once the container is deleted and Shutdown was answered. The server closes it some
+// time later. One that a daemon takes over in between stays until the pod ends.
+//
 // The two memory files hold, beside the bytes:
 //
 //	Mark.Count    offset in the input stream that Mark.At stands for
@@ -43,6 +47,9 @@ import (
 	"syscall"
 	"time"
 
+	task "github.com/containerd/containerd/api/runtime/task/v3"
+	"google.golang.org/protobuf/proto"
+
 	"kuasar.io/kuasar/sandboxer/container"
 	"kuasar.io/kuasar/sandboxer/handover"
 )
@@ -52,6 +59,8 @@ const (
 	flushLimit = 500 * time.Millisecond
 	// callLimit is how long HandOver waits for calls that are under way.
 	callLimit = 3 * time.Second
+	// lingering is how long a connection stays whose client is through with its container.
+	lingering = 30 * time.Second
 )
 
 var (
@@ -86,6 +95,10 @@ type Server struct {
 	replay  func(context.Context) context.Context // container.Replay
 	wrap    func(inbox, outbox) (inbox, outbox)   // tests
 
+	// last tells whether a call that was answered is the last one that its client makes on a connection.
+	last   func(method string, payload []byte) bool
+	linger time.Duration
+
 	mu       sync.Mutex
 	listener net.Listener
 	conns    map[*connection]struct{}
@@ -99,13 +112,23 @@ func NewServer(o Options) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return newServer(NewService(o.Set, o.Address, o.Log), o)
+	s := newServer(NewService(o.Set, o.Address, o.Log), o)
+	s.last = func(method string, payload []byte) bool { return isLast(o.Set, method, payload) }
+	return s
+}
+
+// isLast knows iSulad, which has one connection for each container, says Shutdown on it after Delete,
+// and leaves it open for good: another container, also of the same id, gets another one.
+func isLast(set *container.Set, method string, payload []byte) bool {
+	var r task.ShutdownRequest
+	return method == "Shutdown" && proto.Unmarshal(payload, &r) == nil && set.Finished(r.GetID())
 }
 
 func newServer(b backend, o Options) *Server {
 	return &Server{
 		backend: b, store: o.Store, prefix: "task/" + o.PodID + "/", log: o.Log,
 		replay: container.Replay, conns: map[*connection]struct{}{}, next: 1,
+		last: func(string, []byte) bool { return false }, linger: lingering,
 	}
 }
 
