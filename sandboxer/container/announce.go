@@ -45,8 +45,10 @@ type announcement struct {
 	request  CreateRequest
 	io       *stdio // of a direct container; nil after its end
 	released bool   // a client has deleted the container
-	name     string // tells it from earlier ones of the container, to the guest; of a direct one
-	execs    map[string]*announcedProcess
+	// releasing says that somebody is about to see to that.
+	releasing bool
+	name      string // tells it from earlier ones of the container, to the guest; of a direct one
+	execs     map[string]*announcedProcess
 }
 
 // announcedProcess is an announcement of a process in a container. Guarded by Set.mu.
@@ -999,32 +1001,55 @@ func (s *Set) expire(a *announcement, p *announcedProcess, t *stdio) {
 // announcement of that name (protocol.Direct): what only it used of the host's can go. The announcement
 // stands. It may be told again, and of announcements that were replaced meanwhile. It does not wait.
 func (s *Set) Deleted(id, name string) {
-	if err := s.begin(); err != nil || !s.opts.Direct {
-		if err == nil {
-			s.making.Done()
-		}
+	if err := s.begin(); err != nil {
+		return
+	}
+	s.mu.Lock()
+	a := s.announced[id]
+	news := a != nil && a.isNews(name) && !a.releasing
+	if news {
+		// The guest may say it as often as it likes: one goroutine is enough.
+		a.releasing = true
+	}
+	s.mu.Unlock()
+	if !news {
+		s.making.Done()
 		return
 	}
 	go func() {
 		defer s.making.Done()
-		ctx, cancel := s.operation(context.Background(), createTimeout)
-		defer cancel()
-		a, release, err := s.hold(ctx, id, false)
-		if err != nil || a == nil {
-			return
-		}
-		defer release()
+		s.release(a, name)
 		s.mu.Lock()
-		ignore := a.name != name || a.making || a.released
-		a.released = a.released || !ignore
+		a.releasing = false
 		s.mu.Unlock()
-		if ignore {
-			return
-		}
-		// The guest may still be delivering its output, and ends the streams after that.
-		if err := s.opts.Storage.Release(id); err != nil {
-			s.log.Error("cannot release the storage of a deleted container", "container", id, "error", err)
-		}
-		s.journal()
 	}()
+}
+
+// isNews tells whether the storage of the container that was made by the announcement of that name is
+// still there. Set.mu is held.
+func (a *announcement) isNews(name string) bool {
+	return a.name != "" && a.name == name && !a.making && !a.released
+}
+
+// release gives back what only a deleted container used, unless it is announced anew meanwhile.
+func (s *Set) release(a *announcement, name string) {
+	ctx, cancel := s.operation(context.Background(), createTimeout)
+	defer cancel()
+	held, done, err := s.hold(ctx, a.id, false)
+	if err != nil || held == nil {
+		return
+	}
+	defer done()
+	s.mu.Lock()
+	news := held == a && a.isNews(name)
+	a.released = a.released || news
+	s.mu.Unlock()
+	if !news {
+		return
+	}
+	// The guest may still be delivering its output, and ends the streams after that.
+	if err := s.opts.Storage.Release(a.id); err != nil {
+		s.log.Error("cannot release the storage of a deleted container", "container", a.id, "error", err)
+	}
+	s.journal()
 }

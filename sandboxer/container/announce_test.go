@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -395,6 +396,26 @@ func TestMountedBlockDevice(t *testing.T) {
 	if err := checkRootfs(Mount{Type: "ext4", Source: device}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "is mounted on the host") {
 		t.Errorf("%s: %v", device, err)
 	}
+}
+
+// TestDeletedOften: a guest that tells of a deletion without end costs the host one goroutine.
+func TestDeletedOften(t *testing.T) {
+	p := newAnnouncingPod(t, true)
+	p.announce("c", logged(filepath.Join(t.TempDir(), "log"), "true"))
+	_, release, err := p.hold(testContext(t), "c", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := p.guest.Direct("c", "").Announcement
+	before := runtime.NumGoroutine()
+	for range 10000 {
+		p.Deleted("c", name)
+	}
+	if n := runtime.NumGoroutine() - before; n > 100 {
+		t.Errorf("%d goroutines more", n)
+	}
+	release()
+	eventually(t, "the release of the storage", func() bool { return p.storage.holds("c") == nil })
 }
 
 func TestDirect(t *testing.T) {
