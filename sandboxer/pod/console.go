@@ -21,8 +21,9 @@ const (
 func consoleTail(m vm.Machine, dir, id string) []string {
 	var lines []string
 	if c, ok := m.(console); ok {
-		lines = c.LastOutput()
-	} else {
+		lines = c.ConsoleTail()
+	}
+	if len(lines) == 0 {
 		lines = fileTail(filepath.Join(dir, "sandbox-"+id+".log"))
 	}
 	var tail []string

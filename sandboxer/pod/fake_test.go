@@ -274,7 +274,7 @@ func (m *fakeMachine) AttachDisk(context.Context, vm.Disk) error { return nil }
 func (m *fakeMachine) DetachDisk(context.Context, string) error  { return nil }
 func (m *fakeMachine) Exited() <-chan struct{}                   { return m.exited }
 func (m *fakeMachine) Exit() vm.Exit                             { return m.exit }
-func (m *fakeMachine) LastOutput() []string {
+func (m *fakeMachine) ConsoleTail() []string {
 	return []string{"one", "\x1b[31mtwo\x1b[0m\r", "last words"}
 }
 func (m *fakeMachine) State() (vm.State, error) {

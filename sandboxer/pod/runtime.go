@@ -185,8 +185,8 @@ var ErrUnmanageable = errors.New("another version of the daemon is needed")
 
 // console is implemented by machines that follow their guest's console.
 type console interface {
-	// LastOutput returns the last lines, oldest first.
-	LastOutput() []string
+	// ConsoleTail returns the last lines, oldest first; none that were written before this daemon.
+	ConsoleTail() []string
 }
 
 func (r *Runtime) listen(podID, path string) (net.Listener, error) {
