@@ -58,6 +58,8 @@ func TestOnNode(t *testing.T) {
 // life is what pods on one hypervisor go through.
 func (n *guide) life() {
 	with := " (" + n.hypervisor.program + ")"
+	fmt.Println("\n(The node has no crictl. What it would be asked for, a client of the CRI does, in the lines that begin" +
+		" with [CRI client]; and for the guide's top, which writes no log, the container counts lines.)")
 	n.step("The guide's pod: crictl run -r vmm pod-container.yaml podsandbox.yaml"+with, n.guidePod)
 	n.step("The virtual machine, its CID, and what it is made of"+with, n.machine)
 	n.step("ncat --vsock <cid> 1025: inside the pod's machine"+with, n.console)
@@ -217,7 +219,7 @@ func (n *guide) list(want int) {
 		n.t.Fatal(err)
 	}
 	ready := 0
-	fmt.Printf("[root@node ~]# crictl pods\n%-16s%-12s%-20s%s\n", "POD ID", "STATE", "NAME", "NAMESPACE")
+	fmt.Printf("[CRI client] crictl pods\n%-16s%-12s%-20s%s\n", "POD ID", "STATE", "NAME", "NAMESPACE")
 	for _, p := range pods {
 		shown := "NotReady"
 		if p.State == runtimeapi.PodSandboxState_SANDBOX_READY {
@@ -231,7 +233,7 @@ func (n *guide) list(want int) {
 		n.t.Fatal(err)
 	}
 	running := 0
-	fmt.Printf("[root@node ~]# crictl ps\n%-16s%-12s%-20s%s\n", "CONTAINER", "STATE", "NAME", "POD ID")
+	fmt.Printf("[CRI client] crictl ps\n%-16s%-12s%-20s%s\n", "CONTAINER", "STATE", "NAME", "POD ID")
 	for _, c := range answer.Containers {
 		shown := "Exited"
 		if c.State == runtimeapi.ContainerState_CONTAINER_RUNNING {
@@ -251,7 +253,7 @@ func (n *guide) logs(p *guidePod) {
 	count := func() int { return len(strings.Split(n.ask("cat "+p.log), "\n")) }
 	from := count()
 	n.eventually("the log of pod "+p.name+" grows", func() bool { return count() > from+1 })
-	fmt.Printf("[root@node ~]# crictl logs %.13s | tail -n 2\n", p.container)
+	fmt.Printf("[CRI client] crictl logs %.13s | tail -n 2\n", p.container)
 	text := n.ask("cat " + p.log)
 	next := 0
 	for line := range strings.Lines(text) {
@@ -269,7 +271,7 @@ func (n *guide) logs(p *guidePod) {
 // exec runs a command in the container.
 func (n *guide) exec(p *guidePod) {
 	n.t.Helper()
-	fmt.Printf("[root@node ~]# crictl exec %.13s sh -c 'echo hello from $(uname -r); exit 7'\n", p.container)
+	fmt.Printf("[CRI client] crictl exec %.13s sh -c 'echo hello from $(uname -r); exit 7'\n", p.container)
 	result, err := n.cri.Exec(n.ctx, p.container, "sh", "-c", "echo hello from $(uname -r); exit 7")
 	if err != nil {
 		n.t.Fatal(err)
@@ -376,7 +378,7 @@ func (n *guide) reached() {
 
 func (n *guide) removePod(p *guidePod) {
 	n.t.Helper()
-	fmt.Printf("[root@node ~]# crictl stopp %.13[1]s; crictl rmp %.13[1]s\n", p.id)
+	fmt.Printf("[CRI client] crictl stopp %.13[1]s; crictl rmp %.13[1]s\n", p.id)
 	if err := n.cri.RemovePod(n.ctx, p.id); err != nil {
 		n.t.Fatal(err)
 	}
