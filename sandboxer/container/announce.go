@@ -649,6 +649,13 @@ func (s *Set) announceDirectProcess(ctx context.Context, a *announcement, p *ann
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	old := a.execs[req.ExecID]
+	same := old != nil && old.io != nil && !old.withdrawn && old.io.client == carried
+	s.mu.Unlock()
+	if same {
+		return nil // its streams may be in use
+	}
 	addTokens(names, streams)
 	err = streams.open(false)
 	if err == nil {
@@ -664,7 +671,6 @@ func (s *Set) announceDirectProcess(ctx context.Context, a *announcement, p *ann
 	}
 	s.mu.Lock()
 	err = context.Cause(s.life)
-	old := a.execs[req.ExecID]
 	if err == nil {
 		if streams.any() {
 			p.io, p.ended = streams, make(chan struct{})

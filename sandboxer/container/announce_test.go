@@ -27,6 +27,7 @@ import (
 
 	"kuasar.io/kuasar/guest/protocol"
 	"kuasar.io/kuasar/sandboxer/container/guesttest"
+	"kuasar.io/kuasar/sandboxer/handover"
 )
 
 // newAnnouncingPod is a pod whose client announces.
@@ -1013,5 +1014,31 @@ func TestParseSize(t *testing.T) {
 		if got, err := parseSize(text); err == nil {
 			t.Errorf("%q: %d", text, got)
 		}
+	}
+}
+
+// TestOrphanedStreams: what a daemon has opened for an announcement that it did not live to record ends
+// with the next daemon, or the client would wait for that end for ever. The streams of others stay.
+func TestOrphanedStreams(t *testing.T) {
+	w := newWorld(t)
+	store := handover.New(w.manager.Address(), nil, slog.New(slog.DiscardHandler))
+	for _, name := range []string{"stdio/pod/lost.c-1/fifo", "stdio/pod/kept.c-1/fifo", "stdio/other/lost.c-1/fifo"} {
+		r, f, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		defer f.Close()
+		if err := store.PutAll("", map[string]*os.File{name: f}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	next, err := w.manager.Store(slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	newShelf(next, "pod").dropAllBut(map[string]bool{"kept.c": true})
+	if names := next.Names(""); !slices.Equal(names, []string{"stdio/other/lost.c-1/fifo", "stdio/pod/kept.c-1/fifo"}) {
+		t.Errorf("kept are %q", names)
 	}
 }

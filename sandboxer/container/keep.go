@@ -80,6 +80,17 @@ func (s *shelf) siblings(id, execID, token string, kind guestio.Kind) []niche {
 	return found
 }
 
+// dropAllBut forgets the niches of all tokens but some.
+func (s *shelf) dropAllBut(tokens map[string]bool) {
+	for _, name := range s.store.Names(s.prefix) {
+		dir, _, _ := strings.Cut(strings.TrimPrefix(name, s.prefix), "/")
+		// A token has no hyphen; what stands behind the one is the kind.
+		if token, _, _ := strings.Cut(dir, "-"); !tokens[token] {
+			s.store.Remove(name)
+		}
+	}
+}
+
 // put keeps all of the files or none.
 func (n niche) put(files map[string]*os.File) error { return n.store.PutAll(n.prefix, files) }
 

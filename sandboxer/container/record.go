@@ -267,9 +267,27 @@ func (s *Set) Restore(ctx context.Context, records []Record) error {
 		wg.Go(func() { s.reattach(ctx, p) })
 	}
 	wg.Wait()
+	if s.opts.Direct {
+		s.dropOrphans()
+	}
 	s.streams.allRestored()
 	s.journal()
 	return nil
+}
+
+// dropOrphans forgets the streams of announcements that an earlier daemon had begun and not recorded: they
+// end for their clients, whose calls have failed with that daemon. Other clients' calls are kept with
+// their connections and done again, which takes up what there is.
+func (s *Set) dropOrphans() {
+	known := map[string]bool{}
+	s.mu.Lock()
+	for _, a := range s.announced {
+		for _, t := range a.streams() {
+			known[t.token] = true
+		}
+	}
+	s.mu.Unlock()
+	s.shelf.dropAllBut(known)
 }
 
 // restored makes a process from its record.
