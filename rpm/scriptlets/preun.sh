@@ -43,7 +43,9 @@ if [ "$1" -eq 0 ]; then
         echo "kuasar: and it may report their containers as exited."
     else
         # What daemons leave to their successors. No pod is there, and nothing is removed that is a directory.
-        rm -f "$dir"/.lock "$dir"/.kvm "$dir"/.metrics.sock /run/vmm-sandboxer.sock 2>/dev/null || :
+        for left in "$dir"/.lock "$dir"/.kvm "$dir"/.metrics.sock /run/vmm-sandboxer.sock; do
+            unlink "$left" 2>/dev/null || :
+        done
         rmdir "$dir" 2>/dev/null || :
     fi
 fi
