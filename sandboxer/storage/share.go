@@ -1,19 +1,16 @@
 // Package storage makes the files of a pod's containers reachable from its machine.
 //
 // A pod has one mount tree. <dir>/mounts is a mount with shared propagation of its own, writable
-// for the host. Each container has a directory in it, with rootfs-<random>, where the engine's mounts
-// for its root are made and nowhere else, and vol0-<random>, vol1-<random>, ... for its volumes.
-// <dir>/shared is a read-only view of mounts that receives its mounts, and it is what the machine
-// gets. So the guest writes
+// for the host. Each container has a directory in it, <id>.<random>: rootfs, where the engine's mounts for its
+// root are made and nowhere else, and vol0, vol1, ... for its volumes. <dir>/shared is a read-only
+// view of mounts that receives its mounts, and it is what the machine gets. So the guest writes
 // within a container's rootfs and volumes only, never in the tree that holds them, and cannot plant
 // a link where the host makes or removes something. The host does not rely on that: it resolves
 // every name below mounts by descriptor, without following links or crossing mounts.
 //
-// The guest remembers for a second what a name stands for, so none stands for something else before
-// that is over, also if a container is released and made again, by this daemon or by the next: names
-// in a container's directory never come twice, and the directory itself stays for a while when it is
-// empty. Pods of earlier daemons have rootfs, vol0, vol1, ... instead; whatever is in a container's
-// directory goes with it, so any daemon releases what any other one made.
+// The guest remembers for a second what a name stood for. So a container that is released and made
+// again, by this daemon or by the next, gets a directory of another name. Pods of earlier daemons have
+// <id>, which is used and released as well.
 //
 // Nothing here is removed recursively. Directories are removed only when they are empty, so a mount
 // that could not be taken away never costs somebody's data.
@@ -32,7 +29,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -44,19 +40,11 @@ import (
 // kernel made, such as a symbolic link where a mount point belongs. The pod should be stopped.
 var ErrTampered = errors.New("the share was tampered with")
 
-const (
-	// maxVolumes bounds the volumes of one container.
-	maxVolumes = 1024
-	// forgotten is after how long the guest surely knows nothing of a name any more. virtiofs daemons
-	// allow it one second.
-	forgotten = 30 * time.Second
-)
+// maxVolumes bounds the volumes of one container.
+const maxVolumes = 1024
 
-// rootName and volumeName begin the names in a container's directory.
-const (
-	rootName   = "rootfs"
-	volumeName = "vol"
-)
+// randomPart is what follows an id and a dot in the name of a container's directory.
+var randomPart = regexp.MustCompile(`^[0-9a-f]{16}$`)
 
 var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 
@@ -173,21 +161,14 @@ func (s *Share) Rootfs(ctx context.Context, id string, mounts []Mount) (guestPat
 	if len(mounts) == 0 {
 		return fail(errors.New("the engine gave no mounts for it"))
 	}
-	c, err := s.container(id)
+	c, dir, err := s.container(id)
 	if err != nil {
 		return fail(err)
 	}
 	defer unix.Close(c)
-	names, err := survey(c)
-	if err != nil {
-		return fail(err)
-	}
-	if i := slices.IndexFunc(names, func(n string) bool { return isOf(n, rootName) }); i >= 0 {
-		return fail(fmt.Errorf("it has one, %s: %w", names[i], unix.EEXIST))
-	}
-	name := fresh(rootName)
+	const name = "rootfs"
 	if err := unix.Mkdirat(c, name, 0o755); err != nil {
-		return fail(fmt.Errorf("making %s: %w", name, err))
+		return fail(existing(c, name, err))
 	}
 	defer func() {
 		if err != nil {
@@ -209,7 +190,7 @@ func (s *Share) Rootfs(ctx context.Context, id string, mounts []Mount) (guestPat
 			return fail(err)
 		}
 	}
-	return guestPathOf(id, name), nil
+	return guestPathOf(dir, name), nil
 }
 
 // Volume makes a directory or regular file of the host, with everything mounted below it, the next
@@ -229,7 +210,7 @@ func (s *Share) Volume(ctx context.Context, id, source string, readOnly bool) (g
 		return fail(err)
 	}
 	defer unix.Close(tree.fd)
-	c, err := s.container(id)
+	c, dir, err := s.container(id)
 	if err != nil {
 		return fail(err)
 	}
@@ -246,82 +227,88 @@ func (s *Share) Volume(ctx context.Context, id, source string, readOnly bool) (g
 	if err != nil {
 		return fail(errors.Join(err, clear(c, name)))
 	}
-	return guestPathOf(id, name), nil
+	return guestPathOf(dir, name), nil
 }
 
-func guestPathOf(id, name string) string {
-	return protocol.SharePath + "/" + id + "/" + name
+func guestPathOf(dir, name string) string {
+	return protocol.SharePath + "/" + dir + "/" + name
 }
 
-// fresh returns a name that never was there before.
-func fresh(kind string) string { return fmt.Sprintf("%s-%016x", kind, rand.Uint64()) }
-
-// isOf tells names of a kind, also those that earlier daemons gave.
-func isOf(name, kind string) bool { return name == kind || strings.HasPrefix(name, kind+"-") }
-
-// newVolume makes the mount point of the next volume.
+// newVolume makes the first free vol<N>.
 func newVolume(c int, directory bool) (string, error) {
-	names, err := survey(c)
-	if err != nil {
-		return "", err
-	}
-	n := 0
-	for _, name := range names {
-		if strings.HasPrefix(name, volumeName) {
-			n++
+	for n := range maxVolumes {
+		name := fmt.Sprintf("vol%d", n)
+		var err error
+		if directory {
+			err = unix.Mkdirat(c, name, 0o755)
+		} else {
+			var fd int
+			fd, err = unix.Openat(c, name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644)
+			if err == nil {
+				unix.Close(fd)
+			}
+		}
+		switch {
+		case err == nil:
+			return name, nil
+		case !errors.Is(err, unix.EEXIST):
+			return "", fmt.Errorf("making %s: %w", name, err)
+		}
+		if err := existing(c, name, err); errors.Is(err, ErrTampered) {
+			return "", err
 		}
 	}
-	if n >= maxVolumes {
-		return "", fmt.Errorf("it has %d volumes already", n)
-	}
-	name := fresh(fmt.Sprintf("%s%d", volumeName, n))
-	if directory {
-		err = unix.Mkdirat(c, name, 0o755)
-	} else {
-		var fd int
-		fd, err = unix.Openat(c, name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644)
-		if err == nil {
-			unix.Close(fd)
-		}
-	}
-	if err != nil {
-		return "", fmt.Errorf("making %s: %w", name, err)
-	}
-	return name, nil
+	return "", fmt.Errorf("it has %d volumes already", maxVolumes)
 }
 
-// survey lists the names in a container's directory, and refuses what nobody here makes there. What is
-// mounted on them is not looked at: it may be a file system that hangs.
-func survey(c int) ([]string, error) {
-	entries, err := entries(c)
-	if err != nil {
-		return nil, err
+// existing explains why name could not be made: something of ours is there, or of the guest.
+func existing(c int, name string, err error) error {
+	if !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("making %s: %w", name, err)
 	}
-	var names []string
-	for _, e := range entries {
-		if kind := e.Type(); kind != fs.ModeDir && kind != 0 {
-			return nil, fmt.Errorf("refused %s: %w: a file of mode %s is in its place", e.Name(), ErrTampered, kind)
-		}
-		names = append(names, e.Name())
+	var st unix.Stat_t
+	if err := unix.Fstatat(c, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("making %s: %w", name, err)
 	}
-	return names, nil
+	if kind := st.Mode & unix.S_IFMT; kind != unix.S_IFDIR && kind != unix.S_IFREG {
+		return fmt.Errorf("refused %s: %w: a file of mode %o is in its place", name, ErrTampered, st.Mode)
+	}
+	return fmt.Errorf("making %s: %w", name, err)
 }
 
 // container opens the directory of a container in the tree, making it if need be.
-func (s *Share) container(id string) (int, error) {
+func (s *Share) container(id string) (fd int, dir string, err error) {
 	if !containerID.MatchString(id) {
-		return -1, fmt.Errorf("%q is no container id", id)
+		return -1, "", fmt.Errorf("%q is no container id", id)
 	}
 	root, err := s.root()
 	if err != nil {
-		return -1, err
+		return -1, "", err
 	}
 	defer unix.Close(root)
-	tidy(root, id)
-	if err := unix.Mkdirat(root, id, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
-		return -1, fmt.Errorf("making its directory in %s: %w", s.mounts(), err)
+	dirs, err := directories(root, id)
+	if err != nil {
+		return -1, "", err
 	}
-	return below(root, id, false)
+	if len(dirs) > 0 {
+		dir = dirs[0]
+	} else {
+		dir = fmt.Sprintf("%s.%016x", id, rand.Uint64())
+		if err := unix.Mkdirat(root, dir, 0o755); err != nil {
+			return -1, "", fmt.Errorf("making its directory in %s: %w", s.mounts(), err)
+		}
+	}
+	fd, err = below(root, dir, false)
+	return fd, dir, err
+}
+
+// directories are the names of a container's directories; it has one, or none, unless something failed.
+func directories(root int, id string) ([]string, error) {
+	names, err := list(root)
+	return slices.DeleteFunc(names, func(name string) bool {
+		random, ok := strings.CutPrefix(name, id+".")
+		return name != id && (!ok || !randomPart.MatchString(random))
+	}), err
 }
 
 // root opens the top of the tree.
@@ -364,41 +351,19 @@ func below(dirfd int, name string, crossing bool) (int, error) {
 	return fd, nil
 }
 
-// tidy removes the containers' directories that are empty for long enough, but for the one of id.
-func tidy(root int, id string) {
-	names, err := list(root)
-	if err != nil {
-		slog.Debug("cannot look for empty directories in a share", "error", err)
-		return
-	}
-	for _, name := range names {
-		var st unix.Stat_t
-		err := unix.Fstatat(root, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-		if name == id || err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			continue
-		}
-		// It changes last when what was in it is removed.
-		if time.Since(time.Unix(st.Mtim.Unix())) > forgotten {
-			unix.Unlinkat(root, name, unix.AT_REMOVEDIR) // which fails, as it should, for those in use
-		}
-	}
-}
-
-// Release unmounts and removes everything of a container; only its directory stays, for a while, and
-// goes with a later call for whatever container. It is idempotent and does not need the guest's
-// cooperation; what the guest still uses stays alive until the machine lets go of it, but is not
-// reachable any more.
+// Release unmounts and removes everything of a container. It is idempotent and does not need the
+// guest's cooperation; what the guest still uses stays alive until the machine lets go of it, but
+// is not reachable any more.
 func (s *Share) Release(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.release(id, true); err != nil {
+	if err := s.release(id); err != nil {
 		return fmt.Errorf("cannot release the storage of container %s: %w", id, err)
 	}
 	return nil
 }
 
-// release takes everything of a container away, also its directory unless it is to linger.
-func (s *Share) release(id string, linger bool) error {
+func (s *Share) release(id string) error {
 	if !containerID.MatchString(id) {
 		return fmt.Errorf("%q is no container id", id)
 	}
@@ -410,15 +375,22 @@ func (s *Share) release(id string, linger bool) error {
 		return err
 	}
 	defer unix.Close(root)
-	if linger {
-		tidy(root, id)
+	dirs, err := directories(root, id)
+	errs := []error{err}
+	for _, dir := range dirs {
+		errs = append(errs, s.releaseDirectory(root, dir))
 	}
-	c, err := below(root, id, false)
+	return errors.Join(errs...)
+}
+
+// releaseDirectory takes a container's directory away with everything in it.
+func (s *Share) releaseDirectory(root int, dir string) error {
+	c, err := below(root, dir, false)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
 	if errors.Is(err, ErrTampered) {
-		return clear(root, id) // removes the thing itself, whatever it points to
+		return clear(root, dir) // removes the thing itself, whatever it points to
 	}
 	if err != nil {
 		return err
@@ -435,35 +407,21 @@ func (s *Share) release(id string, linger bool) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	if linger {
-		return nil
-	}
-	if err := unix.Unlinkat(root, id, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := unix.Unlinkat(root, dir, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("removing its directory in %s: %w", s.mounts(), err)
 	}
 	return nil
 }
 
-// entries returns what is in a directory.
-func entries(dirfd int) ([]fs.DirEntry, error) {
+// list returns the names in a directory.
+func list(dirfd int) ([]string, error) {
 	fd, err := unix.Openat(dirfd, ".", unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
-	// By this name files are found whose type the file system does not tell.
-	f := os.NewFile(uintptr(fd), fmt.Sprintf("/proc/self/fd/%d", fd))
+	f := os.NewFile(uintptr(fd), "directory")
 	defer f.Close()
-	return f.ReadDir(-1)
-}
-
-// list returns the names in a directory.
-func list(dirfd int) ([]string, error) {
-	entries, err := entries(dirfd)
-	names := make([]string, 0, len(entries))
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	return names, err
+	return f.Readdirnames(-1)
 }
 
 // clear unmounts what is mounted at name and removes name, which is an empty directory or file.
@@ -544,11 +502,11 @@ func (s *Share) releaseAll() error {
 	if err != nil {
 		return err
 	}
+	defer unix.Close(root)
 	names, err := list(root)
-	unix.Close(root)
 	errs := []error{err}
 	for _, name := range names {
-		errs = append(errs, s.release(name, false))
+		errs = append(errs, s.releaseDirectory(root, name))
 	}
 	return errors.Join(errs...)
 }

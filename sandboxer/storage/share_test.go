@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -109,36 +108,14 @@ func mountsBelow(t *testing.T, dir string) []string {
 	return points
 }
 
-// exported is where the host sees what the guest sees at a path.
-func exported(t *testing.T, s *Share, guest string) string {
+// at is the directory of a container as the machine sees it.
+func at(t *testing.T, s *Share, id string) string {
 	t.Helper()
-	rel, ok := strings.CutPrefix(guest, protocol.SharePath+"/")
-	if !ok {
-		t.Fatalf("%q is not in the share", guest)
-	}
-	return filepath.Join(s.Exported(), rel)
-}
-
-// entry finds a container's root or volume where the machine sees it.
-func entry(t *testing.T, s *Share, id, kind string) string {
-	t.Helper()
-	found, err := filepath.Glob(filepath.Join(s.Exported(), id, kind+"-*"))
+	found, err := filepath.Glob(filepath.Join(s.Exported(), id+".*"))
 	if err != nil || len(found) != 1 {
-		t.Fatalf("%s of container %s: %q, %v", kind, id, found, err)
+		t.Fatalf("directories of container %s: %q, %v", id, found, err)
 	}
 	return found[0]
-}
-
-// wantReleased accepts nothing but empty directories of containers.
-func wantReleased(t *testing.T, s *Share) {
-	t.Helper()
-	left, err := filepath.Glob(s.Exported() + "/*/*")
-	if err != nil || len(left) > 0 {
-		t.Errorf("left in the share: %q, %v", left, err)
-	}
-	if m := mountsBelow(t, s.mounts()); len(m) > 0 {
-		t.Errorf("mounts left: %q", m)
-	}
 }
 
 func wantEmpty(t *testing.T, dir string) {
@@ -166,14 +143,14 @@ func TestShare(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !strings.HasPrefix(guest, protocol.SharePath+"/c1/rootfs-") {
+			if guest != protocol.SharePath+"/"+filepath.Base(at(t, s, "c1"))+"/rootfs" {
 				t.Errorf("guest path %s", guest)
 			}
-			root := exported(t, s, guest)
+			root := filepath.Join(at(t, s, "c1"), "rootfs")
 			wantText(t, root+"/l1", "1")
 			write(t, root+"/new", "text") // within the container the guest may write
 			wantText(t, upper+"/new", "text")
-			if err := os.WriteFile(filepath.Join(s.Exported(), "c1", "x"), nil, 0o600); !errors.Is(err, unix.EROFS) {
+			if err := os.WriteFile(filepath.Join(at(t, s, "c1"), "x"), nil, 0o600); !errors.Is(err, unix.EROFS) {
 				t.Errorf("writing above the container's root: %v", err)
 			}
 			if err := os.Symlink("/etc", filepath.Join(s.Exported(), "c2")); !errors.Is(err, unix.EROFS) {
@@ -194,10 +171,10 @@ func TestShare(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if want := fmt.Sprintf("%s/c1/vol%d-", protocol.SharePath, i); !strings.HasPrefix(guest, want) {
-					t.Errorf("guest path %s, want %s...", guest, want)
+				if want := fmt.Sprintf("%s/%s/vol%d", protocol.SharePath, filepath.Base(at(t, s, "c1")), i); guest != want {
+					t.Errorf("guest path %s, want %s", guest, want)
 				}
-				p := exported(t, s, guest)
+				p := filepath.Join(at(t, s, "c1"), fmt.Sprintf("vol%d", i))
 				if v.source == data {
 					p += "/f"
 				}
@@ -215,7 +192,9 @@ func TestShare(t *testing.T) {
 			if err := s.Release("c1"); err != nil {
 				t.Errorf("second Release: %v", err)
 			}
-			wantReleased(t, s)
+			if entries, _ := os.ReadDir(s.Exported()); len(entries) != 0 {
+				t.Errorf("left in the share: %v", entries)
+			}
 			wantText(t, file, "changed")
 			wantText(t, upper+"/new", "text")
 			for range 2 {
@@ -280,9 +259,9 @@ func TestVolumeTakesSubmountsAndLeaksNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	vol := entry(t, s, "c1", "vol0")
+	vol := filepath.Join(at(t, s, "c1"), "vol0")
 	wantText(t, vol+"/a/sub/f", "sub")
-	if err := os.WriteFile(filepath.Join(entry(t, s, "c1", "vol1"), "a", "sub", "f"), nil, 0o600); !errors.Is(err, unix.EROFS) {
+	if err := os.WriteFile(filepath.Join(at(t, s, "c1"), "vol1", "a", "sub", "f"), nil, 0o600); !errors.Is(err, unix.EROFS) {
 		t.Errorf("writing below a read-only volume: %v", err)
 	}
 	// Device nodes that the guest makes are dead on the host.
@@ -341,7 +320,7 @@ func TestManyLayers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 100 {
-		wantText(t, filepath.Join(entry(t, s, "c1", "rootfs"), fmt.Sprintf("l%d", i)), fmt.Sprint(i))
+		wantText(t, filepath.Join(at(t, s, "c1"), "rootfs", fmt.Sprintf("l%d", i)), fmt.Sprint(i))
 	}
 }
 
@@ -352,7 +331,7 @@ func TestBindRootfs(t *testing.T) {
 	if _, err := s.Rootfs(t.Context(), "view", []Mount{{Type: "bind", Source: image, Options: []string{"rbind", "ro"}}}); err != nil {
 		t.Fatal(err)
 	}
-	f := filepath.Join(entry(t, s, "view", "rootfs"), "f")
+	f := filepath.Join(at(t, s, "view"), "rootfs", "f")
 	wantText(t, f, "f")
 	if err := os.WriteFile(f, nil, 0o600); !errors.Is(err, unix.EROFS) {
 		t.Errorf("writing to a read-only root: %v", err)
@@ -362,7 +341,7 @@ func TestBindRootfs(t *testing.T) {
 	if _, err := s.Rootfs(t.Context(), "stack", []Mount{{Type: "bind", Source: image, Options: []string{"rbind"}}, m}); err != nil {
 		t.Fatal(err)
 	}
-	wantText(t, filepath.Join(entry(t, s, "stack", "rootfs"), "l0"), "0")
+	wantText(t, filepath.Join(at(t, s, "stack"), "rootfs", "l0"), "0")
 	for _, id := range []string{"view", "stack"} {
 		if err := s.Release(id); err != nil {
 			t.Fatal(err)
@@ -381,7 +360,7 @@ func TestSourceBehindLink(t *testing.T) {
 	if _, err := s.Volume(t.Context(), "c1", link, false); err != nil {
 		t.Fatal(err)
 	}
-	wantText(t, filepath.Join(entry(t, s, "c1", "vol0"), "f"), "f")
+	wantText(t, filepath.Join(at(t, s, "c1"), "vol0", "f"), "f")
 }
 
 func TestPlantedLinksAreRefused(t *testing.T) {
@@ -478,7 +457,9 @@ func TestFailuresLeaveNothing(t *testing.T) {
 			if err := s.Release("c"); err != nil {
 				t.Error(err)
 			}
-			wantReleased(t, s)
+			if entries, _ := os.ReadDir(s.Exported()); len(entries) != 0 {
+				t.Errorf("left in the share: %v", entries)
+			}
 		})
 	}
 }
@@ -491,7 +472,7 @@ func TestBusyMountsAreReleased(t *testing.T) {
 	if _, err := s.Rootfs(t.Context(), "c1", []Mount{m}); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Open(filepath.Join(entry(t, s, "c1", "rootfs"), "l0")) // the guest still reads
+	f, err := os.Open(filepath.Join(at(t, s, "c1"), "rootfs", "l0")) // the guest still reads
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -521,7 +502,7 @@ func TestAfterRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	guest, err := again.Volume(t.Context(), "c1", t.TempDir(), false)
-	if err != nil || !strings.Contains(guest, "/c1/vol1-") {
+	if err != nil || !strings.HasSuffix(guest, "/vol1") || filepath.Base(filepath.Dir(guest)) != filepath.Base(at(t, again, "c1")) {
 		t.Errorf("got %s, %v", guest, err)
 	}
 	if err := RemoveShare(dir); err != nil {
@@ -589,7 +570,7 @@ func TestExistingTreeIsRefused(t *testing.T) {
 	if _, err := NewShare(dir); !errors.Is(err, os.ErrExist) {
 		t.Errorf("a second share: %v", err)
 	}
-	if mounted, err := mountinfo.Mounted(entry(t, s, "c1", "vol0")); !mounted {
+	if mounted, err := mountinfo.Mounted(filepath.Join(at(t, s, "c1"), "vol0")); !mounted {
 		t.Errorf("the first share lost its volume: %v", err)
 	}
 }
@@ -627,16 +608,7 @@ func TestNamesDoNotComeTwice(t *testing.T) {
 	dir := podDir(t, "tmpfs")
 	s := newShare(t, dir)
 	m, _ := overlay(t, 1)
-	inode := func(p string) uint64 {
-		t.Helper()
-		var st unix.Stat_t
-		if err := unix.Stat(p, &st); err != nil {
-			t.Fatal(err)
-		}
-		return st.Ino
-	}
-	var seen []string
-	var container uint64
+	seen := map[string]bool{}
 	for range 3 {
 		root, err := s.Rootfs(t.Context(), "c1", []Mount{m})
 		if err != nil {
@@ -646,16 +618,13 @@ func TestNamesDoNotComeTwice(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if slices.Contains(seen, root) || slices.Contains(seen, volume) {
-			t.Errorf("%s or %s came twice", root, volume)
+		if filepath.Dir(root) != filepath.Dir(volume) {
+			t.Errorf("%s and %s are apart", root, volume)
 		}
-		seen = append(seen, root, volume)
-		// What it holds is looked up in the directory that the guest remembers.
-		ino := inode(filepath.Join(s.Exported(), "c1"))
-		if container != 0 && ino != container {
-			t.Error("the container's directory is another one")
+		if seen[filepath.Dir(root)] {
+			t.Errorf("%s came twice", root)
 		}
-		container = ino
+		seen[filepath.Dir(root)] = true
 		// The next daemon goes on.
 		if s, err = OpenShare(dir); err != nil {
 			t.Fatal(err)
@@ -663,7 +632,9 @@ func TestNamesDoNotComeTwice(t *testing.T) {
 		if err := s.Release("c1"); err != nil {
 			t.Fatal(err)
 		}
-		wantReleased(t, s)
+		if left, _ := os.ReadDir(s.Exported()); len(left) > 0 {
+			t.Errorf("left in the share: %v", left)
+		}
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -671,67 +642,23 @@ func TestNamesDoNotComeTwice(t *testing.T) {
 	wantEmpty(t, dir)
 }
 
-func TestEmptyDirectoriesGoInTheEnd(t *testing.T) {
+// Containers whose ids look alike do not share directories, and earlier daemons' directories are released.
+func TestDirectoriesOfOthers(t *testing.T) {
 	needRoot(t)
-	dir := podDir(t, "tmpfs")
-	s := newShare(t, dir)
-	for _, id := range []string{"old", "new", "used", "again"} {
+	s := newShare(t, podDir(t, "tmpfs"))
+	for _, id := range []string{"c", "c.d", "c.0"} {
 		if _, err := s.Volume(t.Context(), id, t.TempDir(), false); err != nil {
 			t.Fatal(err)
 		}
-		if id != "used" {
-			if err := s.Release(id); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if id != "new" {
-			long := time.Now().Add(-2 * forgotten)
-			if err := os.Chtimes(filepath.Join(dir, "mounts", id), long, long); err != nil {
-				t.Fatal(err)
-			}
-		}
 	}
-	if _, err := s.Volume(t.Context(), "again", t.TempDir(), false); err != nil {
+	if err := os.MkdirAll(filepath.Join(s.mounts(), "c", "vol0"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	entries, err := os.ReadDir(filepath.Join(dir, "mounts"))
-	if err != nil {
+	if err := s.Release("c"); err != nil {
 		t.Fatal(err)
 	}
-	var left []string
-	for _, e := range entries {
-		left = append(left, e.Name())
+	left, err := os.ReadDir(s.Exported())
+	if err != nil || len(left) != 2 || !strings.HasPrefix(left[0].Name(), "c.0.") || !strings.HasPrefix(left[1].Name(), "c.d.") {
+		t.Errorf("left are %v, %v", left, err)
 	}
-	if want := []string{"again", "new", "used"}; !slices.Equal(left, want) {
-		t.Errorf("left are %q, want %q", left, want)
-	}
-	entry(t, s, "used", "vol0")
-}
-
-// Pods that an earlier daemon has started have names without a random part.
-func TestEarlierLayout(t *testing.T) {
-	needRoot(t)
-	dir := podDir(t, "tmpfs")
-	s := newShare(t, dir)
-	for _, name := range []string{"rootfs", "vol0"} {
-		at := filepath.Join(dir, "mounts", "c1", name)
-		if err := os.MkdirAll(at, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Mount("tmpfs", at, "tmpfs", 0, ""); err != nil {
-			t.Fatal(err)
-		}
-	}
-	m, _ := overlay(t, 1)
-	if _, err := s.Rootfs(t.Context(), "c1", []Mount{m}); !errors.Is(err, unix.EEXIST) {
-		t.Errorf("a second root: %v", err)
-	}
-	guest, err := s.Volume(t.Context(), "c1", t.TempDir(), false)
-	if err != nil || !strings.Contains(guest, "/c1/vol1-") {
-		t.Errorf("got %s, %v", guest, err)
-	}
-	if err := s.Release("c1"); err != nil {
-		t.Fatal(err)
-	}
-	wantReleased(t, s)
 }

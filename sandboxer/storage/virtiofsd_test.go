@@ -14,8 +14,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"kuasar.io/kuasar/guest/protocol"
 )
 
 func TestKindOfVersion(t *testing.T) {
@@ -270,20 +268,19 @@ func TestRealDaemonSeesLaterMounts(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	m, _ := overlay(t, 2)
-	guest, err := s.Rootfs(t.Context(), "c1", []Mount{m})
-	if err != nil {
+	if _, err := s.Rootfs(t.Context(), "c1", []Mount{m}); err != nil {
 		t.Fatal(err)
 	}
-	seen := root + strings.TrimPrefix(guest, protocol.SharePath)
-	wantText(t, seen+"/l1", "1")
+	container := filepath.Base(at(t, s, "c1"))
+	wantText(t, filepath.Join(root, container, "rootfs", "l1"), "1")
 	if err := os.WriteFile(root+"/x", nil, 0o600); !errors.Is(err, unix.EROFS) {
 		t.Errorf("the top of the share is writable: %v", err)
 	}
 	if err := s.Release("c1"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(seen); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the container's root after its release: %v", err)
+	if _, err := os.Stat(filepath.Join(root, container)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the container's directory after its release: %v", err)
 	}
 	pids := d.PIDs()
 	c.Close() // the machine ends, and so does the daemon
