@@ -156,7 +156,7 @@ func TestNewRefuses(t *testing.T) {
 		config  stratovirt.Config
 		want    string
 	}{
-		"another program":     {"QEMU emulator version 7.2.22", stratovirt.Config{MachineType: "virt"}, "is no StratoVirt"},
+		"another program":     {"", stratovirt.Config{MachineType: "virt", Path: vmtest.StandIn(t, vmtest.Behaviour{})}, `is no StratoVirt: it says "QEMU emulator`},
 		"an old one":          {"StratoVirt 2.1.0", stratovirt.Config{MachineType: "virt"}, "at least 2.2"},
 		"its machine type":    {"", stratovirt.Config{MachineType: "pc"}, "machine type"},
 		"its option":          {"", stratovirt.Config{MachineType: "virt,kernel_irqchip=on"}, "has no option"},

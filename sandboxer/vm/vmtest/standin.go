@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -89,6 +90,8 @@ func standInNamed(t testing.TB, name string, b Behaviour) string {
 }
 
 // RunStandIn turns this process into a QEMU or a StratoVirt and never returns, if it was started as one.
+// Otherwise it keeps for this process what it inherited itself beside the standard streams: a stand-in
+// refuses descriptors that nobody named, and those of whoever runs the tests are not the driver's.
 func RunStandIn() {
 	if filepath.Base(os.Args[0]) == stratoVirtProgram {
 		if err := runStratoVirt(os.Args[1:]); err != nil {
@@ -98,6 +101,10 @@ func RunStandIn() {
 		exit(0)
 	}
 	if !strings.HasPrefix(filepath.Base(os.Args[0]), "qemu-system-") {
+		if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+			fmt.Fprintf(os.Stderr, "cannot keep inherited descriptors from the stand-ins: %v\n", err)
+			os.Exit(1)
+		}
 		return
 	}
 	if err := runStandIn(os.Args[1:]); err != nil {
