@@ -49,6 +49,13 @@ const (
 // FeatureDirect is the name in Hello.Features of Direct: clients make containers at the agent.
 const FeatureDirect = "direct"
 
+// What the guest's kernel can use and needs: processors, which guest/kernel builds it for (NR_CPUS), and MiB
+// of memory to boot.
+const (
+	MaxVCPUs     = 64
+	MinMemoryMiB = 64
+)
+
 // SerialPort is the name of the virtio-serial port that carries the multiplex.
 const SerialPort = "kuasar.agent.0"
 

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+
+	"kuasar.io/kuasar/guest/protocol"
 )
 
 // DefaultPath is where the package installs the file.
@@ -123,10 +125,8 @@ type Virtiofsd struct {
 	Path string
 }
 
-// The bounds of numbers. 64 processors are what the guest kernel is built for.
+// The bounds of numbers beside the guest's own.
 const (
-	maxVCPUs     = 64
-	minMemoryMiB = 64
 	maxMemoryMiB = 512 << 10
 	// maxBootTimeout is beyond the time-outs of all clients, in seconds.
 	maxBootTimeout = 600
@@ -215,14 +215,14 @@ func (c *Config) validate(arch string, wrong func(key, msg string) error) error 
 	if s := c.Sandbox.BootTimeoutInS; s < 0 || s > maxBootTimeout {
 		bad("sandbox.boot_timeout_in_s", "%d s is not within 0 and %d", s, maxBootTimeout)
 	}
-	if h.VCPUs < 1 || h.VCPUs > maxVCPUs {
-		bad("hypervisor.vcpus", "%d is not within 1 and %d", h.VCPUs, maxVCPUs)
+	if h.VCPUs < 1 || h.VCPUs > protocol.MaxVCPUs {
+		bad("hypervisor.vcpus", "%d is not within 1 and %d", h.VCPUs, protocol.MaxVCPUs)
 	}
-	if h.MemoryInMB < minMemoryMiB || h.MemoryInMB > maxMemoryMiB {
-		bad("hypervisor.memory_in_mb", "%d MiB is not within %d and %d", h.MemoryInMB, minMemoryMiB, maxMemoryMiB)
+	if h.MemoryInMB < protocol.MinMemoryMiB || h.MemoryInMB > maxMemoryMiB {
+		bad("hypervisor.memory_in_mb", "%d MiB is not within %d and %d", h.MemoryInMB, protocol.MinMemoryMiB, maxMemoryMiB)
 	}
-	if h.MaxVCPUs != 0 && (h.MaxVCPUs < h.VCPUs || h.MaxVCPUs > maxVCPUs) {
-		bad("hypervisor.max_vcpus", "%d is neither 0 nor within hypervisor.vcpus = %d and %d", h.MaxVCPUs, h.VCPUs, maxVCPUs)
+	if h.MaxVCPUs != 0 && (h.MaxVCPUs < h.VCPUs || h.MaxVCPUs > protocol.MaxVCPUs) {
+		bad("hypervisor.max_vcpus", "%d is neither 0 nor within hypervisor.vcpus = %d and %d", h.MaxVCPUs, h.VCPUs, protocol.MaxVCPUs)
 	}
 	if h.MaxMemoryInMB != 0 && (h.MaxMemoryInMB < h.MemoryInMB || h.MaxMemoryInMB > maxMemoryMiB) {
 		bad("hypervisor.max_memory_in_mb", "%d MiB is neither 0 nor within hypervisor.memory_in_mb = %d and %d", h.MaxMemoryInMB, h.MemoryInMB, maxMemoryMiB)

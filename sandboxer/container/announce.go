@@ -290,25 +290,33 @@ func (s *Set) AnnounceContainer(ctx context.Context, req CreateRequest) error {
 	if _, err := s.newStdio(req.IO, req.ID, "", s.log); err != nil {
 		return fmt.Errorf("cannot announce container %s: %w", req.ID, err)
 	}
+	ctx, cancel := s.operation(ctx, createTimeout)
+	defer cancel()
+	a, release, err := s.hold(ctx, req.ID, true)
+	if err != nil {
+		return fmt.Errorf("cannot announce container %s: %w", req.ID, err)
+	}
+	defer release()
 	s.mu.Lock()
 	total := len(req.Spec)
-	for id, a := range s.announced {
+	for id, other := range s.announced {
 		if id != req.ID {
-			total += len(a.request.Spec)
+			total += len(other.request.Spec)
 		}
 	}
-	if total > maxSpecs {
-		s.mu.Unlock()
+	fits, first := total <= maxSpecs, a.making
+	if fits {
+		a.request = CreateRequest{ID: req.ID, Spec: slices.Clone(req.Spec), Rootfs: slices.Clone(req.Rootfs), IO: req.IO}
+		a.making = false
+	}
+	s.mu.Unlock()
+	if !fits {
+		if first {
+			s.forget(a)
+		}
 		return fmt.Errorf("cannot announce container %s: the specs of the pod's containers have %d bytes together, more than %d: %w",
 			req.ID, total, maxSpecs, errdefs.ErrResourceExhausted)
 	}
-	a := s.announced[req.ID]
-	if a == nil {
-		a = newAnnouncement(req.ID)
-		s.announced[req.ID] = a
-	}
-	a.request = CreateRequest{ID: req.ID, Spec: slices.Clone(req.Spec), Rootfs: slices.Clone(req.Rootfs), IO: req.IO}
-	s.mu.Unlock()
 	s.journal()
 	return nil
 }
@@ -712,9 +720,13 @@ func (s *Set) Withdraw(ctx context.Context, id, execID string) error {
 	if !s.opts.Announced && !s.opts.Direct {
 		return notFound(id, execID) // what is here, its client deletes
 	}
+	what := "container " + id
+	if execID != "" {
+		what = fmt.Sprintf("process %s of container %s", execID, id)
+	}
 	a, release, err := s.hold(ctx, id, false)
 	if err != nil {
-		return fmt.Errorf("cannot withdraw container %s: %w", id, err)
+		return fmt.Errorf("cannot withdraw %s: %w", what, err)
 	}
 	defer release()
 	switch {
@@ -728,7 +740,7 @@ func (s *Set) Withdraw(ctx context.Context, id, execID string) error {
 		err = s.withdrawContainer(ctx, a, id)
 	}
 	if err != nil {
-		return fmt.Errorf("cannot withdraw container %s: %w", id, err)
+		return fmt.Errorf("cannot withdraw %s: %w", what, err)
 	}
 	return nil
 }

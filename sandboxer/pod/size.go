@@ -11,13 +11,9 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"kuasar.io/kuasar/guest/protocol"
 )
-
-// maxVCPUs is what the guest's kernel is built for.
-const maxVCPUs = 64
-
-// minMemoryMiB is what the guest boots with, and what the configuration may name at least.
-const minMemoryMiB = 64
 
 // Size is how big the pods' machines are.
 type Size struct {
@@ -61,7 +57,7 @@ func machineSize(base, limit Size, c *cri.PodSandboxConfig) (Size, error) {
 		case annotationVCPUs:
 			size.VCPUs, err = annotated(key, value, 1, limit.VCPUs, "CPUs")
 		case annotationMemory:
-			size.MemoryMiB, err = annotated(key, value, minMemoryMiB, limit.MemoryMiB, "MiB")
+			size.MemoryMiB, err = annotated(key, value, protocol.MinMemoryMiB, limit.MemoryMiB, "MiB")
 		default:
 			err = fmt.Errorf("annotation %q is not known; of %s* there are %s and %s: %w",
 				clip(key, 120), annotations, annotationMemory, annotationVCPUs, errdefs.ErrInvalidArgument)
@@ -85,7 +81,7 @@ func limits(base, limit Size) Size {
 			limit.MemoryMiB = int(min(uint64(info.Totalram)*uint64(info.Unit)>>20, math.MaxInt32))
 		}
 	}
-	return Size{VCPUs: max(base.VCPUs, min(limit.VCPUs, maxVCPUs)), MemoryMiB: max(base.MemoryMiB, limit.MemoryMiB)}
+	return Size{VCPUs: max(base.VCPUs, min(limit.VCPUs, protocol.MaxVCPUs)), MemoryMiB: max(base.MemoryMiB, limit.MemoryMiB)}
 }
 
 // annotated reads the value of an annotation.
@@ -117,8 +113,8 @@ func cpus(r *cri.LinuxContainerResources) *big.Rat {
 func ceil(a, b *big.Rat) int {
 	sum := new(big.Rat).Add(a, b)
 	n, rest := new(big.Int).QuoRem(sum.Num(), sum.Denom(), new(big.Int))
-	if !n.IsInt64() || n.Int64() >= maxVCPUs {
-		return maxVCPUs
+	if !n.IsInt64() || n.Int64() >= protocol.MaxVCPUs {
+		return protocol.MaxVCPUs
 	}
 	if rest.Sign() > 0 {
 		return int(n.Int64()) + 1

@@ -8,6 +8,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"kuasar.io/kuasar/guest/protocol"
 )
 
 func cpuLimit(quota, period int64) *cri.LinuxContainerResources {
@@ -59,7 +61,7 @@ func TestMachineSize(t *testing.T) {
 
 func TestMachineSizeOfTheNode(t *testing.T) {
 	// A configured size counts, also on a node that has less.
-	base := Size{VCPUs: maxVCPUs, MemoryMiB: 1 << 30}
+	base := Size{VCPUs: protocol.MaxVCPUs, MemoryMiB: 1 << 30}
 	got, err := machineSize(base, Size{}, &cri.PodSandboxConfig{Linux: &cri.LinuxPodSandboxConfig{
 		Resources: &cri.LinuxContainerResources{CpuQuota: 1 << 40, CpuPeriod: 1, MemoryLimitInBytes: math.MaxInt64},
 	}})
@@ -69,7 +71,7 @@ func TestMachineSizeOfTheNode(t *testing.T) {
 	got, err = machineSize(Size{VCPUs: 1, MemoryMiB: 128}, Size{}, &cri.PodSandboxConfig{Linux: &cri.LinuxPodSandboxConfig{
 		Resources: &cri.LinuxContainerResources{CpuQuota: 1 << 40, CpuPeriod: 1, MemoryLimitInBytes: math.MaxInt64},
 	}})
-	if err != nil || got.VCPUs < 1 || got.VCPUs > maxVCPUs || got.MemoryMiB <= 128 || got.MemoryMiB == math.MaxInt32 {
+	if err != nil || got.VCPUs < 1 || got.VCPUs > protocol.MaxVCPUs || got.MemoryMiB <= 128 || got.MemoryMiB == math.MaxInt32 {
 		t.Errorf("of the node: %+v, %v", got, err)
 	}
 }
