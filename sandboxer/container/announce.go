@@ -190,10 +190,16 @@ func (s *Set) hold(ctx context.Context, id string, create bool) (a *announcement
 			s.mu.Unlock()
 			return nil, func() {}, nil
 		}
-		if a == nil {
+		fresh := a == nil
+		if fresh {
 			a = newAnnouncement(id)
 			a.making = true
 			s.announced[id] = a
+		}
+		if fresh {
+			a.busy <- struct{}{} // at once, as nobody else knows it
+			s.mu.Unlock()
+			return a, func() { <-a.busy }, nil
 		}
 		s.mu.Unlock()
 		select {
@@ -330,7 +336,7 @@ func (s *Set) checkAnnounced(req CreateRequest) (*LogFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &rewriter{id: req.ID, sharedPID: s.opts.SharedPID, terminal: req.IO.Terminal, log: s.log}
+	w := &rewriter{id: req.ID, sharedPID: s.opts.SharedPID, terminal: req.IO.Terminal, announced: true, log: s.log}
 	if err := w.check(spec); err != nil {
 		return nil, err
 	}
@@ -405,7 +411,7 @@ func (s *Set) announcedRequest(req CreateRequest) (CreateRequest, error) {
 	}
 	s.mu.Unlock()
 	if a == nil || len(announced.Spec) == 0 {
-		return req, fmt.Errorf("cannot create container %s: the client has not announced it (Prepare, or Update with extensions.tasks): %w",
+		return req, fmt.Errorf("cannot create container %s: the client has not announced it (Prepare, or Update with extensions.tasks) since it was last deleted: %w",
 			req.ID, errdefs.ErrFailedPrecondition)
 	}
 	req.Spec, req.Rootfs = announced.Spec, announced.Rootfs

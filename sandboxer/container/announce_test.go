@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -176,7 +177,14 @@ func TestAnnounced(t *testing.T) {
 	if p.Announced()["c"] == nil || p.Len() != 1 || p.storage.holds("c") != nil {
 		t.Error("the announcement has gone with the container, or its storage has not")
 	}
-	// It may be made again without another announcement.
+	// A spec is kept for one container, and not for as long as the pod lives.
+	p.Set.mu.Lock()
+	kept := len(p.announced["c"].request.Spec) + len(p.announced["c"].request.Rootfs)
+	p.Set.mu.Unlock()
+	if _, err := p.Create(ctx, request); !errdefs.IsFailedPrecondition(err) || kept != 0 {
+		t.Errorf("Create after deletion: %v; %d bytes and mounts are kept", err, kept)
+	}
+	p.announce("c", logged(file, "echo", "hello"))
 	if _, err := p.Create(ctx, request); err != nil {
 		t.Fatal(err)
 	}
@@ -292,6 +300,8 @@ func TestRefusedAnnouncements(t *testing.T) {
 	fifo := mkfifo(t, "fifo")
 	big := spec("true")
 	big.Process.Env = []string{strings.Repeat("x", maxSpec)}
+	privileged := spec("true")
+	privileged.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/sda", Type: "b", Major: 8}}
 	rooted := func(source string) func(*CreateRequest) {
 		return func(r *CreateRequest) { r.Rootfs = []Mount{{Type: "bind", Source: source}} }
 	}
@@ -306,26 +316,24 @@ func TestRefusedAnnouncements(t *testing.T) {
 		change func(*CreateRequest)
 		want   string
 	}{
-		"no id":           {func(r *CreateRequest) { r.ID = "../c" }, "is not valid"},
-		"no spec":         {func(r *CreateRequest) { r.Spec = nil }, "no spec"},
-		"bad spec":        {func(r *CreateRequest) { r.Spec = []byte("{") }, "cannot decode"},
-		"big spec":        {func(r *CreateRequest) { r.Spec = encode(t, big) }, fmt.Sprint(maxSpec)},
-		"no root":         {func(r *CreateRequest) { r.Rootfs = nil }, "has none"},
-		"file as root":    {rooted(file), "regular file"},
-		"FIFO as root":    {rooted(fifo), "neither"},
-		"link as root":    {rooted(link), "symbolic link"},
-		"detour":          {rooted(dir + "/../" + filepath.Base(dir)), "without detours"},
-		"relative root":   {rooted("rootfs"), "absolute"},
-		"host's root":     {rooted("/"), "absolute"},
-		"NUL in root":     {rooted(dir + "\x00"), "absolute"},
-		"missing root":    {rooted(dir + "/missing"), "no such file"},
-		"NUL in stream":   {func(r *CreateRequest) { r.IO.Stdout = "/a\x00b" }, "not valid"},
-		"unknown scheme":  {func(r *CreateRequest) { r.IO.Stdout = "binary:///x" }, "not supported"},
-		"relative log":    {annotated(logPath, "log"), logPath},
-		"log's detour":    {annotated(logPath, dir+"/../log"), logPath},
-		"log's size":      {annotated(logSize, "lots"), logSize},
-		"log's negative":  {annotated(logSize, "-1"), logSize},
-		"log's rotations": {annotated(logRotate, "many"), logRotate},
+		"no id":          {func(r *CreateRequest) { r.ID = "../c" }, "is not valid"},
+		"no spec":        {func(r *CreateRequest) { r.Spec = nil }, "no spec"},
+		"bad spec":       {func(r *CreateRequest) { r.Spec = []byte("{") }, "cannot decode"},
+		"big spec":       {func(r *CreateRequest) { r.Spec = encode(t, big) }, fmt.Sprint(maxSpec)},
+		"no root":        {func(r *CreateRequest) { r.Rootfs = nil }, "has none"},
+		"file as root":   {rooted(file), "regular file"},
+		"FIFO as root":   {rooted(fifo), "neither"},
+		"link as root":   {rooted(link), "symbolic link"},
+		"detour":         {rooted(dir + "/../" + filepath.Base(dir)), "without detours"},
+		"relative root":  {rooted("rootfs"), "absolute"},
+		"host's root":    {rooted("/"), "absolute"},
+		"NUL in root":    {rooted(dir + "\x00"), "absolute"},
+		"missing root":   {rooted(dir + "/missing"), "no such file"},
+		"NUL in stream":  {func(r *CreateRequest) { r.IO.Stdout = "/a\x00b" }, "not valid"},
+		"unknown scheme": {func(r *CreateRequest) { r.IO.Stdout = "binary:///x" }, "not supported"},
+		"relative log":   {annotated(logPath, "log"), logPath},
+		"log's detour":   {annotated(logPath, dir+"/../log"), logPath},
+		"host's device":  {func(r *CreateRequest) { r.Spec = encode(t, privileged) }, "run this one unprivileged"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, direct := range []bool{false, true} {
@@ -1004,13 +1012,41 @@ func TestKilledInLog(t *testing.T) {
 	}
 }
 
+// TestLogOf: what iSulad passes on unchecked keeps no container from running.
+func TestLogOf(t *testing.T) {
+	const path = "/var/log/pods/c.log"
+	for name, c := range map[string]struct {
+		driver, path, size, rotate string
+		want                       *LogFile
+	}{
+		"as configured":   {"json-file", path, "30KB", "3", &LogFile{path, 30 << 10, 3}},
+		"no driver":       {"", path, "", "", &LogFile{path, 0, 0}},
+		"disable-log":     {"json-file", "none", "1MB", "7", nil},
+		"no log":          {"none", path, "1MB", "7", nil},
+		"no file":         {"json-file", "", "1MB", "7", nil},
+		"another driver":  {"syslog", path, "1MB", "7", nil},
+		"fraction":        {"json-file", path, "1.5MB", "7", &LogFile{path, 3 << 19, 7}},
+		"unreadable size": {"json-file", path, "big", "3", &LogFile{path, 1 << 20, 3}},
+		"unlimited size":  {"json-file", path, "-1", "3", &LogFile{path, 1 << 20, 3}},
+		"unreadable file": {"json-file", path, "1MB", "many", &LogFile{path, 1 << 20, 7}},
+		"too many files":  {"json-file", path, "1MB", "4294967295", &LogFile{path, 1 << 20, 7}},
+	} {
+		got, err := logOf(&specs.Spec{Annotations: map[string]string{
+			logDriver: c.driver, logPath: c.path, logSize: c.size, logRotate: c.rotate,
+		}}, slog.New(slog.DiscardHandler))
+		if err != nil || !reflect.DeepEqual(got, c.want) {
+			t.Errorf("%s: %+v, %v; want %+v", name, got, err, c.want)
+		}
+	}
+}
+
 func TestParseSize(t *testing.T) {
-	for text, want := range map[string]int64{"30KB": 30 << 10, "1M": 1 << 20, "2GiB": 2 << 30, "4096": 4096, " 5 kb ": 5 << 10, "7b": 7, "0": 0} {
+	for text, want := range map[string]int64{"30KB": 30 << 10, "1M": 1 << 20, "2GiB": 2 << 30, "4096": 4096, " 5 kb ": 5 << 10, "7b": 7, "0": 0, "1.5MB": 3 << 19, "0.0001K": 1} {
 		if got, err := parseSize(text); err != nil || got != want {
 			t.Errorf("%q: %d, %v", text, got, err)
 		}
 	}
-	for _, text := range []string{"", "KB", "1.5M", "-1", "1KK", "9999999999G", "1X"} {
+	for _, text := range []string{"", "KB", "-1", "-0.5M", "1KK", "9999999999G", "1X", "NaN", "Inf", "8388608T", "0x1p3Q"} {
 		if got, err := parseSize(text); err == nil {
 			t.Errorf("%q: %d", text, got)
 		}

@@ -608,6 +608,11 @@ func (s *Set) Delete(ctx context.Context, id, execID string) (State, error) {
 		p.deleting = false
 	}
 	st := State{ID: id, ExecID: execID, Bundle: p.container.bundle, PID: p.pid, Status: p.status, IO: p.io.client, Exit: p.exit}
+	if a := s.announced[id]; err == nil && execID == "" && a != nil {
+		// iSulad takes no announcement back of a container that ended by itself: one that is restarted
+		// for ever, each time by a new name, would fill the journal with specs.
+		a.request.Spec, a.request.Rootfs = nil, nil
+	}
 	s.mu.Unlock()
 	if err != nil {
 		return State{}, err

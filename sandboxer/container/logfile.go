@@ -44,14 +44,20 @@ const (
 
 const (
 	jsonFileDriver = "json-file"
-	maxLogFiles    = 1000
+	// noLog is the driver's name and, where iSulad's disable-log is set, the file's.
+	noLog       = "none"
+	maxLogFiles = 1000
+	// iSulad's defaults, which it also takes for what it cannot read.
+	defaultLogSize  = 1 << 20
+	defaultLogFiles = 7
 )
 
-// logOf returns what the annotations of a spec say about its log, or nil for no log.
+// logOf returns what the annotations of a spec say about its log, or nil for no log. iSulad does not check
+// its configured max-size and max-file, so that these are no reason to refuse all its containers.
 func logOf(spec *specs.Spec, log *slog.Logger) (*LogFile, error) {
 	path := spec.Annotations[logPath]
 	driver := spec.Annotations[logDriver]
-	if path == "" || driver == "none" {
+	if path == "" || path == noLog || driver == noLog {
 		return nil, nil
 	}
 	if driver != "" && driver != jsonFileDriver {
@@ -62,21 +68,26 @@ func logOf(spec *specs.Spec, log *slog.Logger) (*LogFile, error) {
 		return nil, invalid("annotation %s: %.256q is not an absolute path without detours", logPath, path)
 	}
 	l := &LogFile{Path: path}
-	var err error
 	if text := spec.Annotations[logSize]; text != "" {
+		var err error
 		if l.MaxSize, err = parseSize(text); err != nil {
-			return nil, invalid("annotation %s: %v", logSize, err)
+			l.MaxSize = defaultLogSize
+			log.Warn("the container's log is rotated at 1 MiB: its configured size cannot be read", "annotation", logSize, "error", err)
 		}
 	}
 	if text := spec.Annotations[logRotate]; text != "" {
-		if l.MaxFiles, err = strconv.Atoi(strings.TrimSpace(text)); err != nil || l.MaxFiles < 0 || l.MaxFiles > maxLogFiles {
-			return nil, invalid("annotation %s: %.64q is not a number from 0 to %d", logRotate, text, maxLogFiles)
+		n, err := strconv.Atoi(strings.TrimSpace(text))
+		if err != nil || n < 0 || n > maxLogFiles {
+			n = defaultLogFiles
+			log.Warn("the container's log has 7 files: their configured number cannot be read",
+				"annotation", logRotate, "value", printable(text), "want", fmt.Sprintf("0 to %d", maxLogFiles))
 		}
+		l.MaxFiles = n
 	}
 	return l, nil
 }
 
-// parseSize reads a size in bytes, with or without a unit, each 1024 times the one before.
+// parseSize reads a size in bytes, with or without a fraction and a unit, each 1024 times the one before.
 func parseSize(text string) (int64, error) {
 	number := strings.ToUpper(strings.TrimSpace(text))
 	number = strings.TrimSuffix(strings.TrimSuffix(number, "B"), "I")
@@ -85,11 +96,12 @@ func parseSize(text string) (int64, error) {
 		factor = 1 << (10 * (1 + strings.IndexByte("KMGT", number[at])))
 		number = number[:at]
 	}
-	n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
-	if err != nil || n < 0 || n > math.MaxInt64/factor {
+	n, err := strconv.ParseFloat(strings.TrimSpace(number), 64)
+	// What is not below 2^63 does not fit; not-a-number is not below anything.
+	if err != nil || math.Signbit(n) || !(n*float64(factor) < math.MaxInt64) {
 		return 0, fmt.Errorf("%.64q is not a size such as 30KB", text)
 	}
-	return n * factor, nil
+	return int64(math.Ceil(n * float64(factor))), nil
 }
 
 // maxEntry is how much of a line one entry of a log holds, in bytes.

@@ -23,6 +23,7 @@ type rewriter struct {
 	id        string
 	sharedPID bool
 	terminal  bool
+	announced bool // by iSulad, whose ways to configure containers are not containerd's
 	log       *slog.Logger
 	volume    func(source string, readOnly bool) (guestPath string, err error)
 }
@@ -94,8 +95,12 @@ func (w *rewriter) check(spec *specs.Spec) error {
 	}
 	for _, d := range linux.Devices {
 		if !standardDevice(d) {
-			return unsupported("device %s (%s %d:%d) of the host cannot be given to a container in a virtual machine; for privileged containers set privileged_without_host_devices = true for this runtime",
-				d.Path, d.Type, d.Major, d.Minor)
+			instead := "for privileged containers set privileged_without_host_devices = true for this runtime"
+			if w.announced {
+				instead = "iSulad gives privileged containers all devices of the host: run this one unprivileged"
+			}
+			return unsupported("device %s (%s %d:%d) of the host cannot be given to a container in a virtual machine; %s",
+				d.Path, d.Type, d.Major, d.Minor, instead)
 		}
 	}
 	if linux.Seccomp != nil && linux.Seccomp.ListenerPath != "" {

@@ -14,11 +14,13 @@ import (
 )
 
 // Bounds of a snapshot: its JSON in bytes, how deep that nests, and how many containers and how many
-// processes, of all containers together, it may list. A pod has a handful of containers.
+// processes, of all containers together, it may list. A pod has a handful of containers, but iSulad lists
+// those that ended by themselves, with their specs, for as long as the pod lives: a container that is
+// restarted every five minutes adds 288 a day.
 const (
 	maxSnapshot  = 32 << 20
 	maxNesting   = 64
-	maxTasks     = 1024
+	maxTasks     = 32 << 10
 	maxProcesses = 8192
 	maxMounts    = 128 // of a rootfs
 	maxOptions   = 256 // of a mount

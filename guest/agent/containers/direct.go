@@ -237,7 +237,7 @@ func (s *Service) takeExec(c *container, execID string) (*announcement, error) {
 	return nil, fmt.Errorf("exec %s was not announced with PrepareProcess: %w", execID, errdefs.ErrFailedPrecondition)
 }
 
-// deleted notes that a container was deleted. A direct one is not created again as it was announced,
+// deleted notes that a container was deleted, or could not be created. A direct one is not created again as it was announced,
 // and its announcement may stand for as long as the pod lives: what it needs is given back now.
 func (s *Service) deleted(c *container) {
 	if !c.direct {

@@ -217,6 +217,35 @@ func TestDirectLife(t *testing.T) {
 	}
 }
 
+// A client does not delete what could not be created, and some never purge it either.
+func TestDirectThatCannotBeCreated(t *testing.T) {
+	c := newClient(t)
+	spec := c.spec("true")
+	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/data", Source: "/nonexistent/volume", Type: "bind", Options: []string{"rbind"}})
+	storage := filepath.Join(c.s.storageDir, "c1")
+	c.announce("c1", spec, &protocol.Direct{Announcement: "first"}, &protocol.Storage{Kind: protocol.Storage_TMPFS, MountPoint: storage})
+	_, err := c.s.Create(context.Background(), createRequest("c1"))
+	if err == nil || !strings.Contains(err.Error(), "/nonexistent/volume") {
+		t.Errorf("create: %v", err)
+	}
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(table), storage) {
+		t.Error("its storage is mounted")
+	}
+	if len(c.deleted) != 1 || c.deleted[0] != "c1 by first" || len(c.s.Deleted()) != 1 {
+		t.Errorf("told of deleted %v, lists %v", c.deleted, c.s.Deleted())
+	}
+	c.run("c1", c.spec("true"), &protocol.Direct{})
+	c.wait("c1", "")
+	c.delete("c1", "")
+	if err := c.s.Purge(context.Background(), "c1"); err != nil {
+		t.Error(err)
+	}
+}
+
 // The exit is reported and the container deleted although the daemon is away, and its successor gets
 // all of the output.
 func TestDirectWhileTheDaemonIsAway(t *testing.T) {

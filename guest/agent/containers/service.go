@@ -405,7 +405,7 @@ func (s *Service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (*co
 		return nil, err
 	}
 	if err := c.create(ctx, prepared.spec); err != nil {
-		s.forget(c)
+		s.deleted(c) // there is nothing for the client to delete, and it may never purge
 		return nil, err
 	}
 	return c, nil
