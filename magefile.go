@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"os"
+	"syscall"
 
 	"kuasar.io/kuasar/ci/bed"
 	"kuasar.io/kuasar/ci/build"
@@ -20,6 +21,9 @@ var Default = Build
 // ARCH is the architecture to build for, this machine's if it is not set; VERSION takes the place of
 // the one that git tells.
 var tree = build.Tree{Arch: os.Getenv("ARCH"), Version: os.Getenv("VERSION"), Progress: os.Stdout}
+
+// What is built and cached has the usual modes, whoever asks for it.
+func init() { syscall.Umask(0o022) }
 
 // Build makes everything below out/: the programs, the guest kernel and the initrd.
 func Build(ctx context.Context) error { return tree.Everything(ctx) }

@@ -167,7 +167,7 @@ func begin(t *testing.T) context.Context {
 	}
 	t.Cleanup(func() {
 		scope.Daemons["vmm-sandboxer"] = sandboxer.PID()
-		ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
 		difference, err := census.Settle(ctx, scope, before)
 		if err != nil {
@@ -181,7 +181,7 @@ func begin(t *testing.T) context.Context {
 			t.Logf("the sandboxer's last lines:\n%s", lastLines(sandboxer.Log))
 		}
 	})
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

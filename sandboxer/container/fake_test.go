@@ -20,7 +20,7 @@ import (
 )
 
 // patience bounds what a test waits for; it is never reached unless something hangs.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 func testContext(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)

@@ -658,6 +658,12 @@ func lines(n int, seed uint64) []byte {
 	return b.Bytes()[:n]
 }
 
+// lastLine is the last one that is whole, without its newline.
+func lastLine(text []byte) []byte {
+	whole := bytes.Split(text, []byte("\n"))
+	return whole[max(0, len(whole)-2)]
+}
+
 // writeLines writes such lines in pieces of random sizes until it is over, and returns how many bytes.
 func writeLines(over <-chan struct{}, w io.Writer, seed uint64) (int, error) {
 	random := rand.New(rand.NewPCG(seed, 9))
@@ -718,6 +724,13 @@ func TestKilledDaemonsWithLog(t *testing.T) {
 				}
 			} else if exit := m.do(order{Verb: "wait", ID: "c"}).Exit; exit.Status != 7 {
 				t.Errorf("exit status %d", exit.Status)
+			}
+			// A withdrawal does not wait for a log for ever, and this machine may be slow.
+			for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+				text, err := os.ReadFile(file)
+				if err == nil && bytes.Contains(text, lastLine(lines(out, 1))) && bytes.Contains(text, lastLine(lines(errs, 2))) {
+					break
+				}
 			}
 			m.do(order{Verb: "withdraw", ID: "c"})
 			got := logText(t, file)

@@ -5,8 +5,9 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"runtime"
+	"runtime/pprof"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -244,18 +245,21 @@ func TestNoGoroutinesPerStoppedPod(t *testing.T) {
 	w := newWorld(t)
 	o := testOptions(t, w)
 	m := NewManager(o)
-	count := func() int { // other tests leave goroutines of daemons that they killed
-		buf := make([]byte, 4<<20)
-		buf = buf[:runtime.Stack(buf, true)]
-		return strings.Count(string(buf), "(*Pod)") + strings.Count(string(buf), "(*Guest)")
+	// Goroutines inherit labels. Other tests leave some of daemons that they killed.
+	label := pprof.Labels("test", t.Name())
+	count := func() int {
+		var profile strings.Builder
+		if err := pprof.Lookup("goroutine").WriteTo(&profile, 1); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(profile.String(), strconv.Quote(t.Name()))
 	}
-	before := count()
-	mustStart(t, m, "a")
-	if count() <= before {
+	pprof.Do(t.Context(), label, func(context.Context) { mustStart(t, m, "a") })
+	if count() == 0 {
 		t.Error("the count does not see the goroutines of a pod")
 	}
 	if err := m.Shutdown(t.Context(), "a"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "no goroutine of the pod is left", func() bool { return count() <= before })
+	eventually(t, "no goroutine of the pod is left", func() bool { return count() == 0 })
 }

@@ -395,7 +395,7 @@ func TestKill(t *testing.T) {
 	m.first()
 	w := &work{dir: dir, socket: filepath.Join(dir, "t"), oracle: o}
 	var cancel context.CancelFunc
-	w.ctx, cancel = context.WithTimeout(context.Background(), time.Minute)
+	w.ctx, cancel = context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	if err := w.start(); err != nil {
 		t.Fatal(err)

@@ -15,7 +15,7 @@ import (
 // limit is how long a node may take, and more how much longer one on which given programs are tried, too.
 // On two cores it takes seven minutes: a slower machine must not look like a failure of the product, and a
 // node that has stopped is noticed by its silence long before.
-const limit, more = 20 * time.Minute, 10 * time.Minute
+const limit, more = 25 * time.Minute, 10 * time.Minute
 
 // The scenarios, on a node that is booted for them: see TestOnNode. Their transcript, the console and the
 // node's logs are left in out/node.

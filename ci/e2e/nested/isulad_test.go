@@ -50,7 +50,7 @@ func (n *guide) iSuladNode() *scenario.Node {
 // iSulad runs a scenario of the test client for a version, in the step's time.
 func (n *guide) iSulad(v isulad.Version, run func(context.Context, *testing.T, *scenario.Node, isulad.Version)) func() {
 	return func() {
-		ctx, cancel := context.WithTimeout(n.ctx, 3*time.Minute)
+		ctx, cancel := context.WithTimeout(n.ctx, 10*time.Minute)
 		defer cancel()
 		began := time.Now()
 		node := n.iSuladNode()

@@ -137,7 +137,7 @@ func (n *guide) use(config string) {
 	n.t.Helper()
 	// Emulated processors boot guests slowly, and a busy machine more so. Each character of the guest's
 	// console costs them much.
-	n.show("sed -i '/^log_level = /a boot_timeout_in_s = 60' " + config)
+	n.show("sed -i '/^log_level = /a boot_timeout_in_s = 180' " + config)
 	n.show("sed -i 's/^kernel_params = \"/&quiet /' " + config)
 	n.show("echo 'OPTIONS=\"--config " + config + "\"' >" + sysconfig)
 	n.show("grep -v '^#' " + config + "; cat " + sysconfig)

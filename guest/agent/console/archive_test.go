@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -55,6 +56,7 @@ func unpackTo(t *testing.T, archive *bytes.Buffer) (string, error) {
 }
 
 func TestUnpack(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o022)) // as the agent's
 	dir, err := unpackTo(t, packed(newc(
 		member{".", typeDir | 0o755, ""},
 		member{"bin", typeDir | 0o755, ""},

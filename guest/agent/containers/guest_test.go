@@ -102,6 +102,7 @@ func newGuest(t *testing.T) *guest {
 var testNumber atomic.Int32
 
 func makeRootfs(t *testing.T, busybox, dir string) {
+	defer unix.Umask(unix.Umask(0o022)) // for a container's users
 	for _, d := range []string{"bin", "proc", "sys", "dev", "etc", "tmp", "run", "root"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			t.Fatal(err)

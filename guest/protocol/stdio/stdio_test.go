@@ -55,16 +55,21 @@ func (g *guest) dial(ctx context.Context) (net.Conn, error) {
 	return (&net.Dialer{}).DialContext(ctx, "unix", g.path)
 }
 
-// fragile dials connections that break after a random number of bytes in either direction.
+// fragile dials connections that break after a random number of bytes in either direction. The first one
+// lasts for the opening of its stream, which nobody retries.
 func (g *guest) fragile(maximum int, dials *atomic.Int32) Dialer {
+	const opening = 1000
 	return func(ctx context.Context) (net.Conn, error) {
-		dials.Add(1)
+		least := 0
+		if dials.Add(1) == 1 {
+			least = opening
+		}
 		c, err := g.dial(ctx)
 		if err != nil {
 			return nil, err
 		}
 		f := &fragileConn{Conn: c}
-		f.budget.Store(int64(rand.IntN(maximum)))
+		f.budget.Store(int64(least + rand.IntN(maximum)))
 		return f, nil
 	}
 }

@@ -160,7 +160,7 @@ func TestBootHelloStop(t *testing.T) {
 	}
 }
 
-func TestRestoreRunningMachine(t *testing.T) {
+func TestBootRestoreRunningMachine(t *testing.T) {
 	b := needBench(t, "")
 	m, link := up(t, b, b.spec(t))
 	ctx := deadline(t, 30*time.Second)
@@ -204,8 +204,8 @@ func TestRestoreRunningMachine(t *testing.T) {
 	<-m.Exited()
 }
 
-// TestShare reads a file of the host in the guest, over each kind of share.
-func TestShare(t *testing.T) {
+// TestBootShare reads a file of the host in the guest, over each kind of share.
+func TestBootShare(t *testing.T) {
 	b := needBench(t, "tcg")
 	for _, kind := range []string{"9p", "virtiofs"} {
 		t.Run(kind, func(t *testing.T) {
@@ -253,9 +253,9 @@ func startVirtiofsd(t *testing.T, socket, dir string) {
 	t.Fatal("virtiofsd makes no socket")
 }
 
-// TestReconnectUnderLoad breaks the transport while the guest sends as much as it can, and reconnects
+// TestBootReconnectUnderLoad breaks the transport while the guest sends as much as it can, and reconnects
 // at once, as a daemon does that was killed.
-func TestReconnectUnderLoad(t *testing.T) {
+func TestBootReconnectUnderLoad(t *testing.T) {
 	b := needBench(t, "tcg")
 	m, link := up(t, b, b.spec(t))
 	ctx := deadline(t, 120*time.Second)
@@ -295,7 +295,7 @@ func makeDisk(t *testing.T) string {
 	return path
 }
 
-func TestDisksComeAndGo(t *testing.T) {
+func TestBootDisksComeAndGo(t *testing.T) {
 	b := needBench(t, "")
 	m, link := up(t, b, b.spec(t))
 	ctx := deadline(t, 60*time.Second)
@@ -338,8 +338,8 @@ func TestDisksComeAndGo(t *testing.T) {
 	}
 }
 
-// TestSCSIDiskComesAndGoes: on the controller, the guest knows a disk by its serial number, too.
-func TestSCSIDiskComesAndGoes(t *testing.T) {
+// TestBootSCSIDiskComesAndGoes: on the controller, the guest knows a disk by its serial number, too.
+func TestBootSCSIDiskComesAndGoes(t *testing.T) {
 	b := needBench(t, "")
 	var err error
 	if b.driver, err = qemu.New(qemu.Config{Accelerator: "tcg", BlockDeviceDriver: "virtio-scsi", Log: quiet()}); err != nil {

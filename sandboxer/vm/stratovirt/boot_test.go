@@ -145,9 +145,9 @@ func ask(t *testing.T, link guestlink.Link, command string) string {
 	return string(out)
 }
 
-// TestGuestOnQEMU: a guest that boots by StratoVirt's command line is reached through the nameless port, has
+// TestBootOnQEMU: a guest that boots by StratoVirt's command line is reached through the nameless port, has
 // the host's files, takes disks that come and go by StratoVirt's requests, and survives the daemon.
-func TestGuestOnQEMU(t *testing.T) {
+func TestBootOnQEMU(t *testing.T) {
 	for _, version := range []string{"2.5.0"} {
 		t.Run(version, func(t *testing.T) {
 			b := needBench(t, version)
@@ -204,8 +204,8 @@ func TestGuestOnQEMU(t *testing.T) {
 	}
 }
 
-// TestRebootOnQEMU: a guest that reboots is the end of its machine, whose process would go on.
-func TestRebootOnQEMU(t *testing.T) {
+// TestBootThenReboot: a guest that reboots is the end of its machine, whose process would go on.
+func TestBootThenReboot(t *testing.T) {
 	b := needBench(t, "2.4.0")
 	m, link := up(t, b.driver(t), b.spec(t))
 	console, err := link.Dial(deadline(t, 10*time.Second), protocol.PortConsole)
@@ -224,8 +224,8 @@ func TestRebootOnQEMU(t *testing.T) {
 	}
 }
 
-// TestImageOnQEMU boots from a read-only image.
-func TestImageOnQEMU(t *testing.T) {
+// TestBootImage boots from a read-only image.
+func TestBootImage(t *testing.T) {
 	b := needBench(t, "2.4.0")
 	spec := b.spec(t)
 	spec.Initrd, spec.Image = "", filepath.Join(b.out, "kuasar-erofs.img")
