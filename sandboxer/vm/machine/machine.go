@@ -57,8 +57,11 @@ type Kind struct {
 	// Files are the names, in the pod's directory, of what is removed with the machine beside the
 	// sockets of this package and the pid file.
 	Files []string
-	// Said returns the last of what the hypervisor said on its standard error, on one line.
+	// Said returns the last of what the hypervisor said, on one line. Not all of it is about an end.
 	Said func() string
+	// Interrupted matches, in what Said returns, the words on an end with status 0 that the guest did not
+	// bring about.
+	Interrupted *regexp.Regexp
 	// PoweredOff is why a hypervisor ended with status 0 that nobody stopped.
 	PoweredOff string
 	// OnEvent is told every event of the monitor that is not about disks; it must not block. It may be nil.
@@ -414,6 +417,9 @@ func (m *Machine) watch(p *process.Process) {
 		process.Within(console.Done(), lastWordsTimeout)
 		panicked = console.PanicLine()
 	}
+	if exit.Code == 0 {
+		said = m.kind.Interrupted.FindString(said) // all else it has survived
+	}
 	switch {
 	case panicked != "":
 		exit.Reason = "the guest's kernel panicked: " + panicked
@@ -421,12 +427,14 @@ func (m *Machine) watch(p *process.Process) {
 		exit.Reason = "the guest rebooted"
 	case requested:
 		exit.Reason = "the virtual machine was stopped"
-	case said != "":
-		exit.Reason = fmt.Sprintf("%s %s: %s", m.kind.Program, how, said)
-	case exit.Code == 0:
+	case said == "" && exit.Code == 0:
 		exit.Reason = m.kind.PoweredOff
-	default:
+	case said == "":
 		exit.Reason = m.kind.Program + " " + how
+	case known && status.Exited():
+		exit.Reason = fmt.Sprintf("%s %s: %s", m.kind.Program, how, said)
+	default: // its last words need not be about a signal, or an end that nobody saw
+		exit.Reason = fmt.Sprintf("%s %s; it said: %s", m.kind.Program, how, said)
 	}
 	if client != nil {
 		client.Close()

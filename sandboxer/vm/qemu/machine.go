@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 
@@ -19,6 +20,9 @@ import (
 
 // stderrSize is how much of QEMU's own messages is kept, in bytes: one page of a pipe.
 const stderrSize = 4096
+
+// interruptedRE is what QEMU says when it obeys a signal.
+var interruptedRE = regexp.MustCompile(`terminating on signal [^;]*`)
 
 // Machine is one virtual machine on QEMU.
 type Machine struct {
@@ -34,11 +38,12 @@ type Machine struct {
 func newMachine(d *Driver, spec vm.Spec) *Machine {
 	m := &Machine{driver: d, stderr: -1}
 	m.Machine = machine.New(spec, machine.Kind{
-		Program:    "QEMU",
-		Said:       m.said,
-		PoweredOff: "the guest powered off or rebooted",
-		Renewed:    m.findDisks,
-		Ended:      m.closeStderr,
+		Program:     "QEMU",
+		Said:        m.said,
+		Interrupted: interruptedRE,
+		PoweredOff:  "the guest powered off or rebooted",
+		Renewed:     m.findDisks,
+		Ended:       m.closeStderr,
 	}, machine.NewDisks(d.diskKind()), d.log)
 	return m
 }

@@ -391,6 +391,32 @@ func TestKilledFromOutside(t *testing.T) {
 	}
 }
 
+// TestPowerOff is an end for which nothing that was said before is the reason.
+func TestPowerOff(t *testing.T) {
+	spec := plainSpec(t)
+	_, m := start(t, vmtest.Behaviour{Stderr: "qemu-system-x86_64: warning: TCG doesn't support requested feature\n", PowerOffOn: "add-fd"}, spec)
+	// Whether the disk is accepted before the end does not matter.
+	m.AttachDisk(deadline(t, 10*time.Second), vm.Disk{Path: spec.Kernel, Serial: "x"})
+	<-m.Exited()
+	if e := m.Exit(); e.Code != 0 || e.Reason != "the guest powered off or rebooted" {
+		t.Errorf("%+v", e)
+	}
+}
+
+// TestTerminated is an end with status 0 as well, and no power-off.
+func TestTerminated(t *testing.T) {
+	_, m := start(t, vmtest.Behaviour{Stderr: "qemu-system-x86_64: warning: something else\n"}, plainSpec(t))
+	state, err := m.State()
+	if err != nil {
+		t.Fatal(err)
+	}
+	syscall.Kill(state.PID, syscall.SIGTERM)
+	<-m.Exited()
+	if e := m.Exit(); e.Code != 0 || !strings.HasPrefix(e.Reason, "QEMU exited with status 0: terminating on signal 15 from pid ") {
+		t.Errorf("%+v", e)
+	}
+}
+
 func TestQuitIgnored(t *testing.T) {
 	_, m := start(t, vmtest.Behaviour{IgnoreQuit: true}, plainSpec(t))
 	// The caller's patience is shorter than the machine's.

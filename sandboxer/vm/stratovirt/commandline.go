@@ -15,7 +15,7 @@ import (
 
 // Files in the pod's directory, beside sandbox-<id>.log and sandbox-<id>.pid.
 const (
-	messagesFile = "stratovirt.log" // what it says on its standard error
+	messagesFile = "stratovirt.log" // its log and what it says on its standard error
 	disksFile    = "stratovirt-disks.json"
 )
 
@@ -68,7 +68,7 @@ func (d *Driver) commandLine(s vm.Spec, rootFSType string) (args []string, files
 	}
 	add("-append", strings.Join(d.kernelParams(s, rootFSType), " "))
 	add("-smp", fmt.Sprintf("cpus=%d", s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB))
-	// Its log goes to the standard error, whose last lines are the reason of a failed start.
+	// Its log, with the error that ends it, goes to the standard error, in 2.2 to the standard output.
 	add("-D")
 	if s.MemoryPrealloc {
 		add("-mem-prealloc")

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -36,6 +37,10 @@ const (
 // messagesPeriod is longer than a second for the sake of hosts with many pods.
 var messagesPeriod = 5 * time.Second
 
+// interruptedRE is what StratoVirt says of SIGTERM and its like, which from 2.3 on it obeys with status 0,
+// and of a call that seccomp forbids, from 2.4 on.
+var interruptedRE = regexp.MustCompile(`Received (kill signal|a bad system call)[^;]*`)
+
 // Machine is one virtual machine on StratoVirt.
 type Machine struct {
 	*machine.Machine
@@ -47,10 +52,11 @@ type Machine struct {
 func newMachine(d *Driver, spec vm.Spec) *Machine {
 	m := &Machine{driver: *d, stopBounds: func() {}}
 	m.Machine = machine.New(spec, machine.Kind{
-		Program:    "StratoVirt",
-		Files:      []string{messagesFile, disksFile},
-		Said:       m.messages,
-		PoweredOff: "the guest powered off",
+		Program:     "StratoVirt",
+		Files:       []string{messagesFile, disksFile},
+		Said:        m.messages,
+		Interrupted: interruptedRE,
+		PoweredOff:  "the guest powered off",
 		OnEvent: func(e qmp.Event) {
 			if e.Name == "RESET" { // it would boot the guest anew; a pod does not survive that
 				m.Reset()
@@ -172,10 +178,15 @@ func (m *Machine) launch(spec vm.Spec) error {
 	}
 	defer messages.Close()
 	m.boundMessages()
-	in, out := int(null.Fd()), int(messages.Fd())
+	in, out := int(null.Fd()), int(null.Fd())
+	if !m.driver.version.atLeast(2, 3) {
+		// Its log. Later ones log to the standard error and print to the standard output only that they
+		// could not, which must not fail as well: it would hang them.
+		out = int(messages.Fd())
+	}
 	err = m.Launch(process.Command{
 		Path: m.driver.path, Args: args, Env: []string{"STRATOVIRT_LOG_LEVEL=error"},
-		Stdio: [3]int{in, in, out}, Files: files, CgroupProcs: spec.CgroupProcs,
+		Stdio: [3]int{in, out, int(messages.Fd())}, Files: files, CgroupProcs: spec.CgroupProcs,
 	})
 	if err != nil && !m.Launched() {
 		m.stopBounds()

@@ -1,6 +1,7 @@
 package stratovirt_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -365,10 +366,10 @@ func TestBlockdevByVersion(t *testing.T) {
 	}
 }
 
-// TestFailedStart: whatever goes wrong, the error says it and nothing is left.
+// TestFailedStart: whatever goes wrong, the error says it, wherever the version does, and nothing is left.
 func TestFailedStart(t *testing.T) {
 	for name, c := range map[string]struct {
-		version   string
+		version   string // if not all
 		behaviour vmtest.Behaviour
 		spoil     func(*testing.T, *vm.Spec)
 		limit     time.Duration
@@ -402,31 +403,31 @@ func TestFailedStart(t *testing.T) {
 		}, want: "cannot connect to the vhost-user daemon"},
 		"no cgroup": {spoil: func(t *testing.T, s *vm.Spec) { s.CgroupProcs = []string{t.TempDir() + "/cgroup.procs"} }, want: "cannot enter the cgroup"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			spec := fullSpec(t)
-			if c.spoil != nil {
-				c.spoil(t, &spec)
+		for _, version := range versions {
+			if c.version != "" && c.version != version {
+				continue
 			}
-			if c.version == "" {
-				c.version = "2.3.0"
-			}
-			if c.limit == 0 {
-				c.limit = 20 * time.Second
-			}
-			m, err := newDriver(t, c.version, "virt", c.behaviour).Create(spec)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Start(deadline(t, c.limit)); err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Fatalf("got %v", err)
-			}
-			<-m.Exited()
-			if _, err := spec.Vsock.FD.Stat(); !errors.Is(err, os.ErrClosed) {
-				t.Error("the context id is still held")
-			}
-			onlyLog(t, spec)
-		})
+			t.Run(name+" "+version, func(t *testing.T) {
+				t.Parallel()
+				spec := fullSpec(t)
+				if c.spoil != nil {
+					c.spoil(t, &spec)
+				}
+				limit := cmp.Or(c.limit, 20*time.Second)
+				m, err := newDriver(t, version, "virt", c.behaviour).Create(spec)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := m.Start(deadline(t, limit)); err == nil || !strings.Contains(err.Error(), c.want) {
+					t.Fatalf("got %v", err)
+				}
+				<-m.Exited()
+				if _, err := spec.Vsock.FD.Stat(); !errors.Is(err, os.ErrClosed) {
+					t.Error("the context id is still held")
+				}
+				onlyLog(t, spec)
+			})
+		}
 	}
 }
 
@@ -461,13 +462,65 @@ func TestResetIsTheEnd(t *testing.T) {
 	_, m := start(t, "2.3.0", "virt", vmtest.Behaviour{ResetOn: "blockdev-add"}, spec)
 	// Whether the disk is accepted before the end does not matter.
 	m.AttachDisk(deadline(t, 10*time.Second), vm.Disk{Path: spec.Kernel, Serial: "x"})
+	if e := ended(t, m); e.Reason != "the guest rebooted" {
+		t.Errorf("%+v", e)
+	}
+}
+
+// ended waits for a machine's end.
+func ended(t *testing.T, m vm.Machine) vm.Exit {
+	t.Helper()
 	select {
 	case <-m.Exited():
 	case <-time.After(10 * time.Second):
 		t.Fatal("it lives on")
 	}
-	if e := m.Exit(); e.Reason != "the guest rebooted" {
-		t.Errorf("%+v", e)
+	return m.Exit()
+}
+
+// survived is an error that StratoVirt logs in its life and that is not the reason of any end.
+const survived = "2024-01-01T00:00:00.000000000: [7][7][virtio/src/device/serial.rs: 512]:ERROR: Failed to get output fd\n"
+
+// TestPowerOff is an end for which nothing that was logged before is the reason.
+func TestPowerOff(t *testing.T) {
+	for _, version := range versions {
+		spec := fullSpec(t)
+		_, m := start(t, version, "virt", vmtest.Behaviour{Stderr: survived, PowerOffOn: "blockdev-add"}, spec)
+		// Whether the disk is accepted before the end does not matter.
+		m.AttachDisk(deadline(t, 10*time.Second), vm.Disk{Path: spec.Kernel, Serial: "x"})
+		if e := ended(t, m); e.Code != 0 || e.Reason != "the guest powered off" {
+			t.Errorf("%s: %+v", version, e)
+		}
+	}
+}
+
+// TestSignalled: an end by a signal is no power-off, even where its status is 0, and what StratoVirt cannot
+// have said of it is not given as its reason.
+func TestSignalled(t *testing.T) {
+	for i, version := range versions {
+		for _, c := range []struct {
+			signal syscall.Signal
+			status [4]int // by version
+			want   string
+		}{
+			{syscall.SIGTERM, [4]int{1, 0, 0, 0}, "Received kill signal, signal number: 15"},
+			{syscall.SIGSYS, [4]int{1, 1, 0, 0}, "Received a bad system call, number: 0"},
+			{syscall.SIGKILL, [4]int{137, 137, 137, 137}, "StratoVirt was killed by SIGKILL; it said: 2024-"},
+		} {
+			_, m := start(t, version, "virt", vmtest.Behaviour{Stderr: survived}, fullSpec(t))
+			state, err := m.State()
+			if err != nil {
+				t.Fatal(err)
+			}
+			syscall.Kill(state.PID, c.signal)
+			e := ended(t, m)
+			if e.Code != c.status[i] || !strings.Contains(e.Reason, c.want) {
+				t.Errorf("%s, %v: %+v", version, c.signal, e)
+			}
+			if e.Code == 0 && e.Reason != "StratoVirt exited with status 0: "+c.want {
+				t.Errorf("%s, %v: more than its reason: %q", version, c.signal, e.Reason)
+			}
+		}
 	}
 }
 
@@ -601,36 +654,68 @@ func TestRestore(t *testing.T) {
 	}
 }
 
+// onLine is a log that tells whether a line has been there.
+type onLine struct {
+	part string
+	seen chan<- struct{}
+}
+
+func (o onLine) Write(line []byte) (int, error) {
+	if strings.Contains(string(line), o.part) {
+		select {
+		case o.seen <- struct{}{}:
+		default:
+		}
+	}
+	return len(line), nil
+}
+
 // TestMessagesAreBounded: what StratoVirt says does not fill the host's memory.
 func TestMessagesAreBounded(t *testing.T) {
 	stratovirt.BoundMessagesEvery(t, time.Millisecond)
 	flood := strings.Repeat("the guest misbehaves\n", stratovirt.MessagesLimit/20)
-	spec := fullSpec(t)
-	d := newDriver(t, "2.3.0", "virt", vmtest.Behaviour{Stderr: flood})
-	m, err := d.Create(spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := m.Start(deadline(t, 20*time.Second)); err != nil {
-		t.Fatal(err)
-	}
-	defer m.Stop(context.Background())
-	limit := time.After(10 * time.Second)
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for {
-		fi, err := os.Stat(filepath.Join(spec.Dir, "stratovirt.log"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if fi.Size() <= stratovirt.MessagesLimit {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-limit:
-			t.Fatalf("%d bytes are kept", fi.Size())
-		}
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) {
+			spec := fullSpec(t)
+			emptied := make(chan struct{}, 1)
+			d, err := stratovirt.New(stratovirt.Config{
+				Path: vmtest.StratoVirtStandIn(t, version, vmtest.Behaviour{Stderr: flood}), MachineType: "virt", CheckKVM: works,
+				Log: slog.New(slog.NewTextHandler(onLine{"says more than can be kept", emptied}, nil)),
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			m, err := d.Create(spec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Start(deadline(t, 20*time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			defer m.Stop(context.Background())
+			select {
+			case <-emptied:
+			case <-time.After(10 * time.Second):
+				t.Error("what it says is not kept at all")
+			}
+			limit := time.After(10 * time.Second)
+			tick := time.NewTicker(time.Millisecond)
+			defer tick.Stop()
+			for {
+				fi, err := os.Stat(filepath.Join(spec.Dir, "stratovirt.log"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if fi.Size() <= stratovirt.MessagesLimit {
+					return
+				}
+				select {
+				case <-tick.C:
+				case <-limit:
+					t.Fatalf("%d bytes are kept", fi.Size())
+				}
+			}
+		})
 	}
 }
 

@@ -35,8 +35,9 @@ var qemuProgram = map[string]string{"q35": "qemu-system-x86_64", "microvm": "qem
 
 // StratoVirtOnQEMU is the main function of a program that takes the command line and the monitor's requests
 // of StratoVirt and has QEMU do what they ask for, on its emulation. args[0] ends with the version,
-// as in stratovirt-2.4.0. The status is the program's exit status. A firmware is checked and then left
-// to QEMU, which starts a kernel with its own.
+// as in stratovirt-2.4.0. The status is the program's exit status; the error is one of the command line,
+// and others are where that has the log. A firmware is checked and then left to QEMU, which starts a kernel
+// with its own.
 func StratoVirtOnQEMU(args []string) (status int, err error) {
 	release := defaultRelease
 	if _, version, found := strings.Cut(filepath.Base(args[0]), "-"); found {
@@ -58,7 +59,12 @@ func StratoVirtOnQEMU(args []string) (status int, err error) {
 	// QEMU dies with the thread that starts it, which must therefore live as long as this process.
 	runtime.LockOSThread()
 	b := &onQEMU{line: line, release: release}
-	return b.run(args)
+	status, err = b.run(args)
+	if err != nil {
+		line.fail(err)
+		status = max(status, 1)
+	}
+	return status, nil
 }
 
 // onQEMU is a running StratoVirt whose work QEMU does.
@@ -102,7 +108,7 @@ func (b *onQEMU) run(args []string) (status int, err error) {
 		return 1, err
 	}
 	cmd := exec.Command(qemuProgram[b.line.Machine], translated...)
-	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = os.Stderr, os.Stderr, files
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = b.line.log(), b.line.log(), files
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	defer os.Remove(b.line.Console)
 	if b.line.Agent != "" {
@@ -135,7 +141,7 @@ func (b *onQEMU) serve(monitor *net.UnixListener, conn *net.UnixConn) {
 	defer cancel()
 	client, err := qmp.New(ctx, conn, b.onEvent)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
+		b.line.fail(err)
 		return
 	}
 	server := &Server{StratoVirt: b.release, Commands: map[string]Handler{

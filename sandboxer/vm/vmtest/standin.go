@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -27,7 +28,8 @@ type Behaviour struct {
 	Version string
 	// Release is that of a StratoVirt, whatever it says of itself; StratoVirtStandIn sets it.
 	Release string
-	// Stderr is said at the start; with Exit set, the program then ends with that status.
+	// Stderr is said at the start, by a StratoVirt in its log, wherever its version has that; with Exit
+	// set, the program then ends with that status.
 	Stderr string
 	Exit   int
 	// Silent makes the monitor never greet.
@@ -50,6 +52,8 @@ type Behaviour struct {
 	Refuse string
 	// ResetOn is a command during which the guest of a StratoVirt reboots.
 	ResetOn string
+	// PowerOffOn is a command during which the guest powers off.
+	PowerOffOn string
 	// FailAt makes a StratoVirt end with an error where it stands for its start: before it binds the
 	// monitor ("monitor"), with the monitor bound ("realize"), with all bound and nobody greeted ("run").
 	FailAt string
@@ -231,8 +235,14 @@ func (s *standIn) run() error {
 
 		Greeting: greeting(s.behaviour), GarbageOn: s.behaviour.GarbageOn,
 	}
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, syscall.SIGTERM)
 	go s.server.Serve(l)
-	<-end
+	select {
+	case <-term:
+		fmt.Fprintf(os.Stderr, "qemu-system-x86_64: terminating on signal 15 from pid %d (tests)\n", os.Getppid())
+	case <-end:
+	}
 	return nil
 }
 
@@ -376,6 +386,12 @@ func (s *standIn) commands(end chan struct{}) map[string]Handler {
 	if name := s.behaviour.Refuse; name != "" {
 		commands[name] = func(json.RawMessage, *os.File) (any, error) {
 			return nil, errors.New("refused, as told")
+		}
+	}
+	if name := s.behaviour.PowerOffOn; name != "" {
+		commands[name] = func(json.RawMessage, *os.File) (any, error) {
+			once.Do(func() { close(end) })
+			return nil, nil
 		}
 	}
 	return commands

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"regexp"
 	"slices"
 	"strconv"
@@ -15,6 +16,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -76,8 +78,9 @@ type StratoVirtLine struct {
 }
 
 var (
-	stratoFlags = []string{"mem-prealloc"}
-	stratoOnce  = []string{"name", "machine", "qmp", "kernel", "initrd", "append", "smp", "m", "serial", "D", "global"}
+	// -D could name a file, which StratoVirt would rotate as it sees fit: no way for the driver.
+	stratoFlags = []string{"mem-prealloc", "D"}
+	stratoOnce  = []string{"name", "machine", "qmp", "kernel", "initrd", "append", "smp", "m", "serial", "global"}
 	stratoMulti = []string{"drive", "object", "netdev", "chardev", "device"}
 	// What exists and would be understood, but is no way for the driver to run a pod.
 	stratoUnwanted = []string{"daemonize", "pidfile", "disable-seccomp", "freeze", "S", "incoming", "mod-test", "no-shutdown", "mon"}
@@ -126,7 +129,7 @@ func ParseStratoVirt(r Release, args []string) (*StratoVirtLine, error) {
 			}
 			value = "on"
 		case slices.Contains(stratoOnce, name):
-			if !has && name != "D" {
+			if !has {
 				return nil, fmt.Errorf("-%s needs a value", name)
 			}
 		case slices.Contains(stratoUnwanted, name):
@@ -533,6 +536,14 @@ func runStratoVirt(args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := runStratoVirtLine(b, line, inherited); err != nil {
+		line.fail(err)
+		exit(1)
+	}
+	return nil
+}
+
+func runStratoVirtLine(b Behaviour, line *StratoVirtLine, inherited map[int]bool) error {
 	for fd, user := range line.fds {
 		if !inherited[fd] {
 			return fmt.Errorf("%s: descriptor %d is bad", user, fd)
@@ -542,11 +553,38 @@ func runStratoVirt(args []string) error {
 	for fd := range inherited {
 		return fmt.Errorf("descriptor %d was inherited for nothing", fd)
 	}
-	io.WriteString(os.Stderr, b.Stderr)
+	fi, err := os.Stdout.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Mode().IsRegular() && !line.Release.before(3) {
+		// That it could not log is printed there, with the log locked, and must not fail as well.
+		return errors.New("the standard output is a file, which a full filesystem breaks")
+	}
+	io.WriteString(line.log(), b.Stderr)
 	if b.Exit != 0 {
 		exit(b.Exit)
 	}
 	return (&strato{behaviour: b, line: line, nodes: map[string]bool{}, devices: map[string]string{}, leaving: map[string]bool{}}).run()
+}
+
+// log is where StratoVirt logs.
+func (l *StratoVirtLine) log() *os.File {
+	if l.Release.before(3) && l.Options["D"] != "" {
+		return os.Stdout
+	}
+	return os.Stderr
+}
+
+// fail says the error with which StratoVirt ends once it has understood its arguments: in its log, if it
+// was told to have one. Before, the standard error is the place.
+func (l *StratoVirtLine) fail(err error) {
+	if l.Options["D"] == "" {
+		fmt.Fprintf(os.Stderr, "%v\r\n", err)
+		return
+	}
+	fmt.Fprintf(l.log(), "%s: [%d][%d][src/main.rs: 0]:ERROR: %v\r\n\n",
+		time.Now().Format("2006-01-02T15:04:05.000000000"), os.Getpid(), unix.Gettid(), err)
 }
 
 // strato is a running stand-in.
@@ -607,6 +645,8 @@ func (s *strato) run() error {
 	if err := fail("run"); err != nil {
 		return err
 	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGSYS)
 	end := make(chan struct{})
 	s.end = sync.OnceFunc(func() { close(end) })
 	said := make(chan struct{})
@@ -628,7 +668,27 @@ func (s *strato) run() error {
 		}
 		s.server.Serve(monitor)
 	}()
-	<-end
+	select {
+	case sig := <-signals:
+		return s.interrupted(sig)
+	case <-end:
+		return nil
+	}
+}
+
+// interrupted ends it as a signal does, for which only the older versions have a status.
+func (s *strato) interrupted(sig os.Signal) error {
+	words, fails := fmt.Sprintf("Received kill signal, signal number: %d", sig), s.line.Release.before(3)
+	if sig == syscall.SIGSYS { // from seccomp
+		words, fails = "Received a bad system call, number: 0", s.line.Release.before(4)
+	}
+	fmt.Fprintf(os.Stderr, "%s \r\n", words)
+	if fails {
+		for _, socket := range []string{s.line.QMP, s.line.Console, s.line.Agent} {
+			os.Remove(socket)
+		}
+		exit(1)
+	}
 	return nil
 }
 
@@ -653,6 +713,7 @@ func (s *strato) serveConsole(l net.Listener, said chan<- struct{}) {
 			io.WriteString(conn, s.behaviour.Console)
 			close(said)
 			if s.behaviour.Panic {
+				time.Sleep(200 * time.Millisecond) // no guest is that quick that runs only after the greeting
 				s.end()
 				return
 			}
@@ -696,6 +757,12 @@ func (s *strato) commands() map[string]Handler {
 	}
 	if name := s.behaviour.Refuse; name != "" {
 		commands[name] = func(json.RawMessage, *os.File) (any, error) { return nil, errors.New("refused, as told") }
+	}
+	if name := s.behaviour.PowerOffOn; name != "" {
+		commands[name] = strict(func(json.RawMessage) (any, error) {
+			s.end()
+			return nil, nil
+		})
 	}
 	if name := s.behaviour.ResetOn; name != "" {
 		commands[name] = func(json.RawMessage, *os.File) (any, error) {
