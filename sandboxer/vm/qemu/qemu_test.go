@@ -296,8 +296,8 @@ func TestFailedStart(t *testing.T) {
 	}{
 		"exits at once":   {behaviour: vmtest.Behaviour{Exit: 3, Stderr: "qemu: no such machine\n"}, want: "exited with status 3: qemu: no such machine"},
 		"says nothing":    {behaviour: vmtest.Behaviour{Exit: 1}, want: "exited with status 1"},
-		"never greets":    {behaviour: vmtest.Behaviour{Silent: true, Stderr: "waiting for a disk"}, limit: time.Second, want: "did not greet"},
-		"its words then":  {behaviour: vmtest.Behaviour{Silent: true, Stderr: "waiting for a disk"}, limit: time.Second, want: "waiting for a disk"},
+		"never greets":    {behaviour: vmtest.Behaviour{Silent: true, Stderr: "waiting for a disk"}, limit: 5 * time.Second, want: "did not greet"},
+		"its words then":  {behaviour: vmtest.Behaviour{Silent: true, Stderr: "waiting for a disk"}, limit: 5 * time.Second, want: "waiting for a disk"},
 		"killed":          {behaviour: vmtest.Behaviour{DieAfter: 1}, want: "killed by SIGKILL"},
 		"refuses":         {behaviour: vmtest.Behaviour{Refuse: "query-status"}, want: "refused, as told"},
 		"does not run":    {behaviour: vmtest.Behaviour{Status: "prelaunch"}, want: "prelaunch"},

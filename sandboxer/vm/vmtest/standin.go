@@ -6,11 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -93,6 +93,16 @@ func standInNamed(t testing.TB, name string, b Behaviour) string {
 	return path
 }
 
+// keepInherited makes all descriptors but the standard streams close on exec.
+func keepInherited() {
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			syscall.CloseOnExec(fd)
+		}
+	}
+}
+
 // RunStandIn turns this process into a QEMU or a StratoVirt and never returns, if it was started as one.
 // Otherwise it keeps for this process what it inherited itself beside the standard streams: a stand-in
 // refuses descriptors that nobody named, and those of whoever runs the tests are not the driver's.
@@ -105,10 +115,7 @@ func RunStandIn() {
 		exit(0)
 	}
 	if !strings.HasPrefix(filepath.Base(os.Args[0]), "qemu-system-") {
-		if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-			fmt.Fprintf(os.Stderr, "cannot keep inherited descriptors from the stand-ins: %v\n", err)
-			os.Exit(1)
-		}
+		keepInherited()
 		return
 	}
 	if err := runStandIn(os.Args[1:]); err != nil {
@@ -208,13 +215,17 @@ type standIn struct {
 }
 
 func (s *standIn) run() error {
-	end := make(chan struct{})
-	if fd, ok := s.line.Listening["console"]; ok {
+	end, said := make(chan struct{}), make(chan struct{})
+	fd, ok := s.line.Listening["console"]
+	if !ok || s.behaviour.Console == "" {
+		close(said)
+	}
+	if ok {
 		l, err := listener(fd)
 		if err != nil {
 			return err
 		}
-		go s.serveConsole(l, end)
+		go s.serveConsole(l, end, said)
 	}
 	if fd, ok := s.line.Listening["agent"]; ok {
 		l, err := listener(fd)
@@ -237,7 +248,11 @@ func (s *standIn) run() error {
 	}
 	term := make(chan os.Signal, 1)
 	signal.Notify(term, syscall.SIGTERM)
-	go s.server.Serve(l)
+	go func() {
+		// So that a test knows what is on the console when a command ends the machine.
+		<-said
+		s.server.Serve(l)
+	}()
 	select {
 	case <-term:
 		fmt.Fprintf(os.Stderr, "qemu-system-x86_64: terminating on signal 15 from pid %d (tests)\n", os.Getppid())
@@ -263,16 +278,20 @@ func listener(fd int) (*net.UnixListener, error) {
 	return l.(*net.UnixListener), nil
 }
 
-func (s *standIn) serveConsole(l net.Listener, end chan struct{}) {
-	said := false
+// serveConsole says its words to whom comes first, and closes said if there are any.
+func (s *standIn) serveConsole(l net.Listener, end, said chan struct{}) {
+	first := true
 	for {
 		conn, err := l.Accept()
 		if err != nil {
 			return
 		}
-		if !said {
-			said = true
+		if first {
+			first = false
 			io.WriteString(conn, s.behaviour.Console)
+			if s.behaviour.Console != "" {
+				close(said)
+			}
 			if s.behaviour.Panic {
 				close(end)
 				return
