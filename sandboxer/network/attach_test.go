@@ -583,7 +583,7 @@ func adoptWhole(t *testing.T, a *Attachment, changed <-chan struct{}) *protocol.
 	t.Helper()
 	limit := time.After(10 * time.Second)
 	for {
-		n, err := a.Adopt(t.Context())
+		n, err := a.Adopt(t.Context(), false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -611,7 +611,7 @@ func TestAdoptLateInterface(t *testing.T) {
 	}
 	guest := startGuest(t, a)
 
-	if n, err := a.Adopt(t.Context()); n != nil || err != nil {
+	if n, err := a.Adopt(t.Context(), false); n != nil || err != nil {
 		t.Errorf("Adopt without an interface: %v, %v", n, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -649,7 +649,7 @@ func TestAdoptAfterCrash(t *testing.T) {
 	guest := startGuest(t, a)
 	saved := a.Saved()
 	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
-	if _, err := a.Adopt(t.Context()); err != nil {
+	if _, err := a.Adopt(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
 	inNetns(t, top.pod, func(h *netlink.Handle) error {
@@ -659,11 +659,11 @@ func TestAdoptAfterCrash(t *testing.T) {
 		}
 		return h.LinkSetHardwareAddr(link, net.HardwareAddr{2, 1, 1, 1, 1, 1})
 	})
-	if n, err := a.Adopt(t.Context()); err != nil || n.Interfaces[0].Mac != saved.Ports[0].MAC {
+	if n, err := a.Adopt(t.Context(), false); err != nil || n.Interfaces[0].Mac != saved.Ports[0].MAC {
 		t.Errorf("when a plugin has set a MAC address: %v, %v", n, err)
 	}
 	next := Restore(saved)
-	n, err := next.Adopt(t.Context())
+	n, err := next.Adopt(t.Context(), false)
 	if err != nil || len(n.GetInterfaces()) != 1 {
 		t.Fatalf("got %v, %v", n, err)
 	}
@@ -694,19 +694,19 @@ func TestAdoptAnotherInterface(t *testing.T) {
 		})
 	}
 	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
-	if _, err := a.Adopt(t.Context()); err != nil {
+	if _, err := a.Adopt(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
 	remove()
 	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
-	n, err := a.Adopt(t.Context())
+	n, err := a.Adopt(t.Context(), false)
 	if err != nil || len(n.GetInterfaces()) != 1 {
 		t.Fatalf("the second interface: got %v, %v", n, err)
 	}
 	applyGuest(t, guest, n)
 	transfer(t, top.node, guest, pod4)
 	remove()
-	if n, err := a.Adopt(t.Context()); n != nil || err != nil || a.Adopted() || len(a.Guest().Interfaces) != 0 {
+	if n, err := a.Adopt(t.Context(), false); n != nil || err != nil || a.Adopted() || len(a.Guest().Interfaces) != 0 {
 		t.Errorf("without an interface: got %v, %v, adopted: %v", n, err, a.Adopted())
 	}
 	if err := a.Close(); err != nil {
@@ -715,6 +715,152 @@ func TestAdoptAnotherInterface(t *testing.T) {
 	if left := leftovers(t, top.pod); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}
+}
+
+// unaltered fails the test unless an interface is as CNI made it.
+func unaltered(t *testing.T, ns, name string, mac net.HardwareAddr) {
+	t.Helper()
+	if now := hardwareAddr(t, ns, name); !bytes.Equal(now, mac) {
+		t.Errorf("%s has the MAC address %s, it was made with %s", name, now, mac)
+	}
+	if slices.Contains(leftovers(t, ns), name+" ingress") {
+		t.Errorf("what arrives at %s is redirected", name)
+	}
+}
+
+func hardwareAddr(t *testing.T, ns, name string) (mac net.HardwareAddr) {
+	t.Helper()
+	inNetns(t, ns, func(h *netlink.Handle) error {
+		link, err := h.LinkByName(name)
+		if err == nil {
+			mac = link.Attrs().HardwareAddr
+		}
+		return err
+	})
+	return mac
+}
+
+// A plugin that asks a DHCP server brings the interface up, and has its answer seconds later.
+func TestAdoptWaitsForAnAddress(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	guest := startGuest(t, a)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	changed, err := a.Watch(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addAddress := func(s string, lifetime int) {
+		inNetns(t, top.pod, func(h *netlink.Handle) error {
+			link, err := h.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			address, err := netlink.ParseAddr(s)
+			if err != nil {
+				return err
+			}
+			address.ValidLft, address.PreferedLft = lifetime, lifetime
+			return h.AddrAdd(link, address)
+		})
+	}
+	top.addPodInterface(t, "eth0")
+	mac := hardwareAddr(t, top.pod, "eth0")
+	for _, s := range []string{"", "fe80::77/64", "169.254.7.7/16", "fd99::7/64"} { // the last is a router's
+		if s != "" {
+			addAddress(s, 600)
+		}
+		if n, err := a.Adopt(t.Context(), false); n != nil || err != nil || a.Adopted() {
+			t.Fatalf("with the address %q: %v, %v", s, n, err)
+		}
+		unaltered(t, top.pod, "eth0", mac)
+	}
+	// What was told so far is over when nothing comes for a while; IPv6 takes its time.
+	for quiet := false; !quiet; {
+		select {
+		case <-changed:
+		case <-time.After(1500 * time.Millisecond):
+			quiet = true
+		}
+	}
+	addAddress(pod4+"/24", 600)
+	select {
+	case <-changed:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the watch does not tell of an address")
+	}
+	n, err := a.Adopt(t.Context(), false)
+	if err != nil || len(n.GetInterfaces()) != 1 || !slices.Equal(n.Interfaces[0].Addresses, []string{pod4 + "/24"}) {
+		t.Fatalf("with its address: %v, %v", n, err)
+	}
+	applyGuest(t, guest, n)
+	transfer(t, top.node, guest, pod4)
+	// It stays the pod's without its address.
+	inNetns(t, top.pod, func(h *netlink.Handle) error {
+		link, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		address, err := netlink.ParseAddr(pod4 + "/24")
+		if err != nil {
+			return err
+		}
+		return h.AddrDel(link, address)
+	})
+	if n, err := a.Adopt(t.Context(), false); err != nil || len(n.GetInterfaces()) != 1 || len(n.Interfaces[0].Addresses) != 0 {
+		t.Errorf("when the address is gone: %v, %v", n, err)
+	}
+}
+
+// A network may have no addresses: then the end of CNI is all there is to wait for.
+func TestAdoptWithoutAddress(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	guest := startGuest(t, a)
+	top.addPodInterface(t, "eth0")
+	n, err := a.Adopt(t.Context(), true)
+	if err != nil || !a.Adopted() || len(n.GetInterfaces()) != 1 || len(n.Interfaces[0].Addresses) != 0 {
+		t.Fatalf("%v, %v", n, err)
+	}
+	n.Interfaces[0].Addresses = []string{pod4 + "/24"} // the pod's own doing
+	applyGuest(t, guest, n)
+	transfer(t, top.node, guest, pod4)
+}
+
+// Of several interfaces that come one after the other none is altered.
+func TestAdoptOfInterfacesInTheMaking(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	top.addPodInterface(t, "eth0")
+	mac := hardwareAddr(t, top.pod, "eth0")
+	if n, err := a.Adopt(t.Context(), false); n != nil || err != nil {
+		t.Errorf("the first: %v, %v", n, err)
+	}
+	top.addPodInterface(t, "eth1", pod4+"/24", pod6+"/64")
+	second := hardwareAddr(t, top.pod, "eth1")
+	for _, complete := range []bool{false, true} {
+		if n, err := a.Adopt(t.Context(), complete); err == nil || !strings.Contains(err.Error(), "CNI made 2 interfaces") {
+			t.Errorf("both: %v, %v", n, err)
+		}
+	}
+	unaltered(t, top.pod, "eth0", mac)
+	unaltered(t, top.pod, "eth1", second)
 }
 
 func TestAdoptRefusesMoreThanTheMachineHas(t *testing.T) {
@@ -726,11 +872,11 @@ func TestAdoptRefusesMoreThanTheMachineHas(t *testing.T) {
 	}
 	defer a.Close()
 	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
-	if _, err := a.Adopt(t.Context()); err != nil {
+	if _, err := a.Adopt(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
 	top.addPodInterface(t, "eth1")
-	if n, err := a.Adopt(t.Context()); err == nil || !strings.Contains(err.Error(), "cri.sandbox.network.setup.v2") {
+	if n, err := a.Adopt(t.Context(), false); err == nil || !strings.Contains(err.Error(), "cri.sandbox.network.setup.v2") {
 		t.Errorf("got %v, %v", n, err)
 	}
 }

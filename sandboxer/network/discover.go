@@ -70,11 +70,27 @@ func discover(h *netlink.Handle) ([]iface, error) {
 	return found, nil
 }
 
-// describe reads what the guest must configure so that its interfaces equal found.
-func describe(h *netlink.Handle, found []iface) (*protocol.Network, error) {
+// hasAddress says whether an interface has an address for the guest.
+func hasAddress(h *netlink.Handle, index int) (bool, error) {
+	addrs, err := addresses(h)
+	return slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+		return a.LinkIndex == index && wantAddress(a)
+	}), err
+}
+
+func addresses(h *netlink.Handle) ([]netlink.Addr, error) {
 	addrs, err := dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("cannot list the addresses: %w", err)
+	}
+	return addrs, nil
+}
+
+// describe reads what the guest must configure so that its interfaces equal found.
+func describe(h *netlink.Handle, found []iface) (*protocol.Network, error) {
+	addrs, err := addresses(h)
+	if err != nil {
+		return nil, err
 	}
 	routes, err := dump(func() ([]netlink.Route, error) { return h.RouteList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -122,7 +138,8 @@ func assemble(found []iface, addrs []netlink.Addr, routes []netlink.Route, neigh
 }
 
 // wantAddress leaves out what the guest's kernel gives itself: link-local addresses and those that
-// come from router advertisements.
+// come from router advertisements. The host's kernel gives them to an interface as soon as it is up, so
+// they do not tell that CNI has come to its addresses.
 func wantAddress(a netlink.Addr) bool {
 	if a.IPNet == nil || a.IP.IsLinkLocalUnicast() || a.IP.IsLoopback() {
 		return false

@@ -129,10 +129,15 @@ func (a *Attachment) Adopted() bool { return a.adopted }
 // is no error. The interface takes the MAC address of the guest's NIC. Once adopted, it reads the
 // namespace again, for addresses and routes that have come later; an interface that is replaced by
 // another one is adopted anew. Watch tells when it is worth calling.
-func (a *Attachment) Adopt(ctx context.Context) (*protocol.Network, error) {
+//
+// Unless complete says that CNI has done its work, an interface counts only once it has an address for
+// the guest: before, a plugin may be asking for one over the interface (ipam: dhcp), and would neither
+// know it by its new MAC address nor get the answer. Afterwards nothing is waited for: a network may well
+// have no addresses.
+func (a *Attachment) Adopt(ctx context.Context, complete bool) (*protocol.Network, error) {
 	var guest *protocol.Network
 	_, err := within(a.netns, a.inode, func(h *netlink.Handle) (err error) {
-		guest, err = a.adopt(ctx, h)
+		guest, err = a.adopt(ctx, h, complete)
 		return err
 	})
 	if err != nil {
@@ -141,7 +146,7 @@ func (a *Attachment) Adopt(ctx context.Context) (*protocol.Network, error) {
 	return guest, nil
 }
 
-func (a *Attachment) adopt(ctx context.Context, h *netlink.Handle) (*protocol.Network, error) {
+func (a *Attachment) adopt(ctx context.Context, h *netlink.Handle, complete bool) (*protocol.Network, error) {
 	if a.adopted {
 		if err := a.forgetGone(h); err != nil {
 			return nil, err
@@ -156,6 +161,11 @@ func (a *Attachment) adopt(ctx context.Context, h *netlink.Handle) (*protocol.Ne
 			"let it run first (iSulad: annotate the pod with cri.sandbox.network.setup.v2=true)", len(found), len(a.ports))
 	}
 	if !a.adopted {
+		if !complete {
+			if ready, err := hasAddress(h, found[0].index); err != nil || !ready {
+				return nil, err
+			}
+		}
 		if err := a.adoptOne(ctx, h, &found[0]); err != nil {
 			return nil, err
 		}

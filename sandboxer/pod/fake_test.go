@@ -54,6 +54,7 @@ type world struct {
 	// nil: it is always first. cniChanged tells of changes.
 	cni        *protocol.Network
 	cniChanged chan struct{}
+	adoptions  int                   // calls of Adopt
 	networks   []*protocol.Network   // what the guest was told after its setup
 	updating   func(context.Context) // called before
 	// kept are listeners in the service manager's store; nil where nothing is kept.
@@ -436,7 +437,6 @@ type fakeNetwork struct {
 	w     *world
 	netns string
 	busy  sync.Mutex
-	uses  int // of Adopt
 }
 
 func (n *fakeNetwork) NICs() []vm.NIC { return []vm.NIC{{MTU: 1500}} }
@@ -456,7 +456,7 @@ func (n *fakeNetwork) Adopted() bool {
 	return n.w.cniChanged == nil
 }
 
-func (n *fakeNetwork) Adopt(ctx context.Context) (*protocol.Network, error) {
+func (n *fakeNetwork) Adopt(ctx context.Context, complete bool) (*protocol.Network, error) {
 	defer n.use()()
 	if n.w.get("network", n.netns) == nil {
 		n.w.t.Error("a network is adopted that was closed")
@@ -466,7 +466,10 @@ func (n *fakeNetwork) Adopt(ctx context.Context) (*protocol.Network, error) {
 	}
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
-	n.uses++
+	n.w.adoptions++
+	if !complete && len(addresses(n.w.cni)) == 0 {
+		return nil, ctx.Err()
+	}
 	return n.w.cni, ctx.Err()
 }
 

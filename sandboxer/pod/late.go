@@ -16,7 +16,7 @@ const (
 	// networkLimit bounds one reading of the pod's network namespace and telling the guest.
 	networkLimit = 5 * time.Second
 	// CNI changes a namespace in bursts: it is read when nothing changed for networkQuiet, and after
-	// networkBurst at the latest.
+	// networkBurst at the latest. Neither says that CNI is complete: only a container does.
 	networkQuiet = 50 * time.Millisecond
 	networkBurst = 500 * time.Millisecond
 )
@@ -25,6 +25,9 @@ const (
 // from 2.1.6 on: it follows the pod's network namespace until the first container is announced. CNI is
 // complete by then, so that one last look finds all there will be. A namespace that is empty even then
 // goes on being followed; until something comes the containers have the loopback interface alone.
+//
+// Before the first container an interface is taken over only when it has an address: what has none may be
+// an interface over which CNI is just asking for one. From then on any is, since CNI asks no more.
 //
 // The guest's own /etc/hosts is that of the pod's start, and names no address that came later: iSulad
 // brings its containers a file of its own.
@@ -42,6 +45,8 @@ type lateNetwork struct {
 	told    *protocol.Network // what the guest was told last; nil: nothing
 	over    bool
 	warned  bool
+	// complete says that a container was announced since the following began: CNI had its time.
+	complete bool
 }
 
 // followNetwork begins to follow the namespace of a pod whose machine has no interface of CNI yet. n is
@@ -136,6 +141,7 @@ func (l *lateNetwork) settle(ctx context.Context) error {
 	if l.over {
 		return nil
 	}
+	l.complete = true
 	if err := l.readLocked(ctx); err != nil {
 		return err
 	}
@@ -186,7 +192,7 @@ func (l *lateNetwork) readLocked(ctx context.Context) error {
 	defer cancel()
 	// The pod's end does not wait for a guest that does not answer.
 	defer context.AfterFunc(l.watching, cancel)()
-	network, err := l.network.Adopt(ctx)
+	network, err := l.network.Adopt(ctx, l.complete)
 	saved, serr := l.network.Saved()
 	if serr == nil && !bytes.Equal(saved, l.saved) {
 		if serr = p.note(func(r *record) { r.Network = saved }); serr == nil {

@@ -164,6 +164,70 @@ func TestEmptyNamespace(t *testing.T) {
 	}
 }
 
+func (w *world) adopted() (calls, told int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.adoptions, len(w.networks)
+}
+
+// Neither quiet nor the end of a burst makes an interface without addresses the pod's, as long as CNI may
+// be working on it.
+func TestInterfaceWithoutAddress(t *testing.T) {
+	w := lateWorld(t)
+	o := testOptions(t, w)
+	m := NewManager(o)
+	mustStartFor(t, m, "a", ISulad216)
+	w.makeNetwork(network(), true)
+	before, _ := w.adopted()
+	eventually(t, "it is looked at in the midst of changes", func() bool {
+		w.makeNetwork(network(), true)
+		now, _ := w.adopted()
+		return now >= before+2
+	})
+	before, _ = w.adopted()
+	w.makeNetwork(network(), true)
+	eventually(t, "it is looked at when they are over", func() bool {
+		now, _ := w.adopted()
+		return now > before
+	})
+	if _, told := w.adopted(); told > 0 {
+		t.Errorf("the guest was told of an interface without addresses")
+	}
+	w.makeNetwork(network("10.0.0.1/24"), true)
+	eventually(t, "the guest has the address", func() bool { return w.guestNetworks() == "10.0.0.1/24" })
+}
+
+// With the first container CNI is complete: an interface has no addresses then because it has none.
+func TestInterfaceWithoutAddressWhenCNIIsComplete(t *testing.T) {
+	for name, first := range map[string]bool{"made before the first container": true, "made after it": false} {
+		w := lateWorld(t)
+		o := testOptions(t, w)
+		m := NewManager(o)
+		mustStartFor(t, m, "a", ISulad216)
+		if first {
+			w.makeNetwork(network(), false)
+		}
+		announceIn(t, m, "a", "c1")
+		if !first {
+			w.makeNetwork(network(), true)
+		} else if _, told := w.adopted(); told != 1 {
+			t.Errorf("%s: the first container has no network", name)
+		}
+		eventually(t, name+": the guest is told", func() bool {
+			_, told := w.adopted()
+			return told == 1
+		})
+		announceIn(t, m, "a", "c2")
+		if journalSays(t, o, "a", "late_network") {
+			t.Errorf("%s: the journal says that the network is still to come", name)
+		}
+		if err := m.Shutdown(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		checkNothingLeft(t, w, o.Dir)
+	}
+}
+
 // A container does not start without the network that it would have.
 func TestNetworkThatCannotBeTakenOver(t *testing.T) {
 	w := lateWorld(t)

@@ -75,8 +75,8 @@ type Network interface {
 	Adopted() bool
 	// Adopt joins the machine to an interface that CNI has made since the attachment, and returns what
 	// the guest has to configure then: nil, and no error, as long as there is none. Again it reads what
-	// has changed.
-	Adopt(ctx context.Context) (*protocol.Network, error)
+	// has changed. Until CNI is known to be complete, an interface without addresses is left alone.
+	Adopt(ctx context.Context, complete bool) (*protocol.Network, error)
 	// Watch tells when it is worth calling Adopt: the channel yields an element after one change of the
 	// namespace or several. It ends with ctx.
 	Watch(ctx context.Context) (<-chan struct{}, error)
