@@ -838,6 +838,43 @@ func TestAdoptWithoutAddress(t *testing.T) {
 	transfer(t, top.node, guest, pod4)
 }
 
+// The neighbours are the namespace's and the guest's, though the interface gets another MAC address.
+func TestAdoptKeepsNeighbours(t *testing.T) {
+	needRoot(t)
+	top := newTopology(t)
+	a, err := Attach(t.Context(), top.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	top.addPodInterface(t, "eth0", pod4+"/24", pod6+"/64")
+	inNetns(t, top.pod, func(h *netlink.Handle) error {
+		link, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return h.NeighAdd(&netlink.Neigh{
+			LinkIndex: link.Attrs().Index, State: unix.NUD_PERMANENT,
+			IP: net.ParseIP("fd77::9"), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 6},
+		})
+	})
+	want := []string{"10.77.0.9 02:00:00:00:00:09 eth0", "fd77::9 02:00:00:00:00:06 eth0"}
+	for _, which := range []string{"first", "second"} {
+		n, err := a.Adopt(t.Context(), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, e := range n.GetNeighbours() {
+			got = append(got, fmt.Sprint(e.Address, " ", e.Mac, " ", e.Device))
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("at the %s reading the guest has the neighbours %q, want %q", which, got, want)
+		}
+	}
+}
+
 // Of several interfaces that come one after the other none is altered.
 func TestAdoptOfInterfacesInTheMaking(t *testing.T) {
 	needRoot(t)

@@ -86,6 +86,14 @@ func addresses(h *netlink.Handle) ([]netlink.Addr, error) {
 	return addrs, nil
 }
 
+func neighbours(h *netlink.Handle) ([]netlink.Neigh, error) {
+	neighs, err := dump(func() ([]netlink.Neigh, error) { return h.NeighList(0, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("cannot list the neighbours: %w", err)
+	}
+	return neighs, nil
+}
+
 // describe reads what the guest must configure so that its interfaces equal found.
 func describe(h *netlink.Handle, found []iface) (*protocol.Network, error) {
 	addrs, err := addresses(h)
@@ -101,9 +109,9 @@ func describe(h *netlink.Handle, found []iface) (*protocol.Network, error) {
 		return nil, fmt.Errorf("cannot list the IPv6 routes: %w", err)
 	}
 	routes = append(routes, routes6...)
-	neighs, err := dump(func() ([]netlink.Neigh, error) { return h.NeighList(0, netlink.FAMILY_ALL) })
+	neighs, err := neighbours(h)
 	if err != nil {
-		return nil, fmt.Errorf("cannot list the neighbours: %w", err)
+		return nil, err
 	}
 	return assemble(found, addrs, routes, neighs), nil
 }
@@ -129,12 +137,17 @@ func assemble(found []iface, addrs []netlink.Addr, routes []netlink.Route, neigh
 	}
 	for _, e := range neighs {
 		device, ok := names[e.LinkIndex]
-		if !ok || e.State&unix.NUD_PERMANENT == 0 || len(e.HardwareAddr) != 6 || e.IP == nil || e.IP.IsMulticast() {
+		if !ok || !wantNeighbour(e) {
 			continue
 		}
 		n.Neighbours = append(n.Neighbours, &protocol.Neighbour{Address: e.IP.String(), Mac: e.HardwareAddr.String(), Device: device})
 	}
 	return n
+}
+
+// wantNeighbour leaves out what the kernel has learnt or made itself.
+func wantNeighbour(n netlink.Neigh) bool {
+	return n.State&unix.NUD_PERMANENT != 0 && len(n.HardwareAddr) == 6 && n.IP != nil && !n.IP.IsMulticast()
 }
 
 // wantAddress leaves out what the guest's kernel gives itself: link-local addresses and those that

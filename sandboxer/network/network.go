@@ -12,6 +12,7 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -213,10 +214,9 @@ func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *ifa
 	if err != nil {
 		return err
 	}
-	if err := h.LinkSetHardwareAddr(found.link, mac); err != nil {
-		return fmt.Errorf("cannot set the MAC address of %s to %s: %w", found.name, mac, err)
+	if err := setMAC(h, found, mac); err != nil {
+		return err
 	}
-	found.mac = mac
 	if err := h.LinkSetMTU(tap, found.mtu); err != nil {
 		return fmt.Errorf("cannot set the MTU of %s to %d: %w", p.Tap, found.mtu, err)
 	}
@@ -230,6 +230,31 @@ func (a *Attachment) adoptOne(ctx context.Context, h *netlink.Handle, found *ifa
 		return err
 	}
 	a.adopted = true
+	return nil
+}
+
+// setMAC gives an interface another MAC address. The kernel forgets all its neighbours then, the
+// permanent ones with the others, which CNI made for the guest, too.
+func setMAC(h *netlink.Handle, i *iface, mac net.HardwareAddr) error {
+	if bytes.Equal(i.mac, mac) {
+		return nil
+	}
+	neighs, err := neighbours(h)
+	if err != nil {
+		return err
+	}
+	if err := h.LinkSetHardwareAddr(i.link, mac); err != nil {
+		return fmt.Errorf("cannot set the MAC address of %s to %s: %w", i.name, mac, err)
+	}
+	i.mac = mac
+	for _, n := range neighs {
+		if n.LinkIndex != i.index || !wantNeighbour(n) {
+			continue
+		}
+		if err := h.NeighSet(&n); err != nil {
+			return fmt.Errorf("cannot keep the neighbour %s of %s: %w", n.IP, i.name, err)
+		}
+	}
 	return nil
 }
 
