@@ -88,6 +88,9 @@ const (
 	// drainLimit bounds how long output may arrive after the guest reported the exit, which it
 	// must not do before everything was acknowledged.
 	drainLimit = 5 * time.Second
+	// takenLimit is how long the exit is kept from a client that has been told the end of its output
+	// and does not close the connection.
+	takenLimit = 5 * time.Second
 	// killGrace is how long a client that does not read its output delays the exit of a process
 	// that was killed with SIGKILL.
 	killGrace = 5 * time.Second
@@ -795,6 +798,12 @@ func (s *Set) finish(p *process, exit Exit, abrupt bool) {
 		s.mu.Unlock()
 		s.journal()
 		p.io.cut(0)
+		if !abrupt && !withdrawn {
+			// containerd cancels its reading of a stream when it learns of the exit. Of a FIFO it reads on.
+			ctx, cancel := context.WithTimeout(s.life, takenLimit)
+			p.io.awaitTaken(ctx)
+			cancel()
+		}
 		s.mu.Lock()
 		p.status = Stopped
 		p.exit = exit

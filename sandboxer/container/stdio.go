@@ -488,6 +488,16 @@ func (t *stdio) cut(grace time.Duration) {
 	}
 }
 
+// awaitTaken waits, after cut, for clients that may drop what is on its way to them when they learn of the
+// exit.
+func (t *stdio) awaitTaken(ctx context.Context) {
+	for _, o := range t.outputs {
+		if k, ok := o.sink.(streamSink); ok {
+			k.awaitTaken(ctx)
+		}
+	}
+}
+
 func (t *stdio) cutInput() {
 	in := t.input
 	if in == nil {

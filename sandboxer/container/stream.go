@@ -31,6 +31,10 @@ type ClientStream interface {
 	// daemon's Delivered says so. An error means that the connection is no use any more.
 	Send(ctx context.Context, p []byte, offset uint64) (int, error)
 
+	// Gone is closed when the client has closed the connection, or it is lost. Who was told the end of
+	// output closes it once all of that is taken.
+	Gone() <-chan struct{}
+
 	// Begin says that a new connection's input begins at an offset of the stream, durably, and
 	// returns where Receive goes on: there, or on a connection that was taken over, at the offset
 	// up to which an earlier daemon's input was Consumed. It is called once, before Receive.
@@ -387,6 +391,23 @@ func (k streamSink) flush(context.Context) error {
 }
 
 func (k streamSink) abandon() { k.cancel() }
+
+// awaitTaken waits, after finish, until the client has closed the connection that it was told the end on.
+func (k streamSink) awaitTaken(ctx context.Context) {
+	k.table.mu.Lock()
+	conn := k.conn
+	if k.detached {
+		conn = nil
+	}
+	k.table.mu.Unlock()
+	if conn == nil {
+		return
+	}
+	select {
+	case <-conn.Gone():
+	case <-ctx.Done():
+	}
+}
 
 func (k streamSink) detach() {
 	k.table.mu.Lock()

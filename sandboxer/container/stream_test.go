@@ -30,6 +30,7 @@ type wire struct {
 	closed    bool   // it has ended its input
 	consumed  int    // of in, what no daemon will ask for again
 	delivered chan struct{}
+	lingers   chan struct{} // if not nil, the client reads on, after the daemon's end, until it is closed
 }
 
 func newWire() *wire {
@@ -121,6 +122,8 @@ func (s *wireStream) Send(ctx context.Context, p []byte, offset uint64) (int, er
 	}
 	return sent, nil
 }
+
+func (s *wireStream) Gone() <-chan struct{} { return s.life.Done() }
 
 func (s *wireStream) Begin(offset uint64) uint64 {
 	s.mu.Lock()
@@ -243,7 +246,12 @@ func (e *era) serve(id string, w *wire) *wireStream {
 	e.streams = append(e.streams, s)
 	told := make(chan struct{})
 	e.served.Go(func() {
-		_ = e.ServeStream(s.life, id, tellingStream{s, told})
+		if err := e.ServeStream(s.life, id, tellingStream{s, told}); err == nil {
+			if w.lingers != nil {
+				<-w.lingers
+			}
+			s.lose() // the client has taken the end, and closes
+		}
 	})
 	<-told
 	return s
@@ -418,6 +426,37 @@ func TestStreamOutput(t *testing.T) {
 		if exit := e.exit("c"); exit.Status != 3 {
 			t.Errorf("exit status %d after the restart", exit.Status)
 		}
+	}
+}
+
+// TestExitIsToldWhenOutputIsTaken: a client that cancels its reading when it learns of the exit gets all.
+func TestExitIsToldWhenOutputIsTaken(t *testing.T) {
+	w := newWorld(t)
+	out := newWire()
+	out.lingers = make(chan struct{})
+	e := w.begin(map[string]*wire{"out": out})
+	e.run("c", IO{Stdout: streamName("out")}, "echo", "hello")
+	e.Set.mu.Lock()
+	p := e.containers["c"].init
+	e.Set.mu.Unlock()
+	eventually(t, "the client is told the end", func() bool {
+		return isDone(p.io.outputs[0].sink.(streamSink).over)
+	})
+	select {
+	case <-p.exited:
+		t.Error("the exit is told while the client still reads")
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(out.lingers)
+	began := time.Now()
+	if exit := e.exit("c"); exit.Status != 0 {
+		t.Errorf("exit status %d", exit.Status)
+	}
+	if waited := time.Since(began); waited >= takenLimit {
+		t.Errorf("the exit was told after %s, whatever the client did", waited)
+	}
+	if got := string(out.got()); got != "hello\n" {
+		t.Errorf("the client got %q", got)
 	}
 }
 

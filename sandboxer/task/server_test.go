@@ -320,13 +320,15 @@ func (s *clientStream) send(m proto.Message) {
 	}
 }
 
-// read collects output until the end or until it has max bytes, and tops the window up.
+// read collects output until the end or until it has max bytes, and tops the window up. At the end it
+// closes the connection, as containerd does.
 func (s *clientStream) read(max int) ([]byte, error) {
 	var got []byte
 	s.send(&transfer.WindowUpdate{Update: 65536})
 	for len(got) < max {
 		a, err := s.Recv()
 		if err == io.EOF {
+			s.client.Close()
 			return got, nil
 		}
 		if err != nil {

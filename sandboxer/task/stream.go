@@ -412,6 +412,9 @@ func (st *stream) place(offset uint64) error {
 	return nil
 }
 
+// Gone implements container.ClientStream.
+func (st *stream) Gone() <-chan struct{} { return st.conn.life.Done() }
+
 // Begin implements container.ClientStream.
 func (st *stream) Begin(offset uint64) uint64 {
 	c := st.conn
