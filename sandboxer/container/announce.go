@@ -33,7 +33,7 @@ const maxOldExecs = 64
 const withdrawLimit = 3 * time.Second
 
 // announcement is what a client has said of a container before it makes it, once or several times.
-// Without Options.Direct it is what Create takes. With it, everything is ready for the container in
+// Without Options.Direct it is what Create takes, until the container is deleted. With it, everything is ready for the container in
 // the guest, which makes it without the daemon: the streams run by themselves until the guest ends
 // them, and nothing tells when the container begins or ends, only when it was Deleted.
 type announcement struct {
@@ -190,13 +190,10 @@ func (s *Set) hold(ctx context.Context, id string, create bool) (a *announcement
 			s.mu.Unlock()
 			return nil, func() {}, nil
 		}
-		fresh := a == nil
-		if fresh {
+		if a == nil {
 			a = newAnnouncement(id)
 			a.making = true
 			s.announced[id] = a
-		}
-		if fresh {
 			a.busy <- struct{}{} // at once, as nobody else knows it
 			s.mu.Unlock()
 			return a, func() { <-a.busy }, nil

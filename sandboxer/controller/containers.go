@@ -18,7 +18,7 @@ import (
 //
 // An announcement lasts until it is withdrawn or the pod is shut down, also over the daemon's end and
 // whatever became of the container meanwhile: iSulad says nothing when a container ends by itself, and
-// goes on listing it. All methods fail with NotFound for unknown pods, and their errors say what could not
+// goes on listing it. To make a container again that was deleted takes another announcement. All methods fail with NotFound for unknown pods, and their errors say what could not
 // be done to which container: a snapshot names several.
 type Containers interface {
 	// Announced returns the ids of the containers that are announced, and for each those of its
